@@ -1,0 +1,218 @@
+package sandbox
+
+import (
+	"context"
+	"io"
+	"net"
+	"time"
+)
+
+// Ref is all a driver is given to find a sandbox again. Nothing else that it
+// needs may live only in memory: every method works on a driver opened a
+// moment ago by another process.
+type Ref struct {
+	// ID is the sandbox's name, [a-z0-9][a-z0-9-]{0,62}; unique for the owner
+	// the driver was opened with.
+	ID string
+	// Dir is a directory of the host that is this sandbox's alone, mode 0700.
+	// It exists before Create; the manager removes it after Delete. A driver
+	// may keep sockets, logs and the like in it.
+	Dir string
+}
+
+// Driver makes sandboxes exist: eight verbs and a dial. It finds them again
+// from their Ref and the operating system alone.
+//
+// Every method is idempotent and safe for concurrent use, also on one sandbox
+// and also from two processes. Every method honours its context and returns
+// soon after it ends; what a mutation had begun by then is finished or undone
+// in the background, or is left such that repeating the call completes it.
+// What is started outlives the context, the driver value and the process.
+//
+// Errors wrap a sentinel of this package where one fits: ErrUnavailable when
+// the backend does not answer, ErrInvalid (a *FieldError) for what the spec
+// has wrong, ErrExhausted when the host is out of something. They name the
+// operation and the ID once.
+//
+// Package drivertest is this contract as tests.
+type Driver interface {
+	// Probe reports whether the backend works on this host and what it lets
+	// the driver do. If it does not work the error is an *UnavailableError
+	// that says why and what mends it.
+	Probe(ctx context.Context) (Report, error)
+
+	// List returns the IDs of all artefacts on the host that were made under
+	// this driver's owner, running or not, half-made ones included, and of
+	// nobody else's. Sorted.
+	List(ctx context.Context) ([]string, error)
+
+	// Create makes the artefacts of a sandbox, running nothing. If they exist
+	// it succeeds without changing them. On an error nothing is left behind
+	// that List would not show.
+	Create(ctx context.Context, ref Ref, spec Spec) error
+
+	// Start boots a created sandbox and returns once the operating system
+	// says that it runs. If it runs, it succeeds. Of an absent one: an error
+	// that wraps ErrNotFound. A workload that ends at once is no error.
+	Start(ctx context.Context, ref Ref) error
+
+	// Stop asks the workload to end (SIGTERM), kills it (SIGKILL) after grace,
+	// and returns once it has ended. Zero grace: killed at once. Of a sandbox
+	// that is absent or does not run it succeeds. If ctx ends first the
+	// sandbox is being stopped all the same, or Stop may be called again.
+	Stop(ctx context.Context, ref Ref, grace time.Duration) error
+
+	// Inspect says what the operating system knows. Absent is a state and not
+	// an error.
+	Inspect(ctx context.Context, ref Ref) (Observation, error)
+
+	// Wait returns how the present life ended once it has, or at once how the
+	// last one ended if the sandbox does not run. Of one that is absent, or
+	// becomes so, or never ran: the matching observation. Thousands of
+	// concurrent waits cost little. If ctx ends first it returns ctx's error.
+	Wait(ctx context.Context, ref Ref) (Observation, error)
+
+	// Delete removes all artefacts of a sandbox, killing it if it runs. Of an
+	// absent one it succeeds. Mounted folders are never touched.
+	Delete(ctx context.Context, ref Ref) error
+
+	// Dial opens a byte stream to a port of the sandbox's guest channel. If
+	// the sandbox does not run or nothing listens there: an error at once. The
+	// caller closes the connection; ctx ends only the dialling.
+	Dial(ctx context.Context, ref Ref, port uint32) (net.Conn, error)
+}
+
+// Report is what Probe found.
+type Report struct {
+	// Version is the backend's.
+	Version string
+	// Limits this host lets the driver enforce.
+	Limits Limits
+	// Warnings are sentences for people about what works less well than it
+	// could, each with its cure.
+	Warnings []string
+}
+
+// Limits says which resource limits can be enforced.
+type Limits struct{ CPU, Memory, Pids bool }
+
+// State is what the operating system knows of a sandbox.
+type State string
+
+// The states.
+const (
+	// StateAbsent: there are no artefacts.
+	StateAbsent State = "absent"
+	// StateCreated: made and never started.
+	StateCreated State = "created"
+	// StateRunning: the workload runs.
+	StateRunning State = "running"
+	// StateExited: it ran and ended; ExitCode says how.
+	StateExited State = "exited"
+	// StateBroken: artefacts that can only be deleted, such as half-made ones.
+	StateBroken State = "broken"
+)
+
+// Observation is what Inspect and Wait return.
+type Observation struct {
+	State State
+	// StartedAt is when the present or last life began; zero if none has.
+	StartedAt time.Time
+	// FinishedAt, ExitCode and OOMKilled are of the last life, when Exited.
+	FinishedAt time.Time
+	ExitCode   int // 128+n when signal n ended it
+	OOMKilled  bool
+	// Detail is what the backend says beyond that, for people; may be empty.
+	Detail string
+}
+
+// Validator is implemented by drivers that can tell beforehand that a spec
+// will not do: options they do not know, an image they do not have, a limit
+// that this host cannot enforce. The error is a *FieldError, or wraps
+// ErrUnavailable. A driver without it is asked for nothing in DriverOptions.
+type Validator interface {
+	Validate(ctx context.Context, spec Spec) error
+}
+
+// LogSource is implemented by drivers that keep what workloads print.
+type LogSource interface {
+	// Logs calls yield for each entry, oldest first, until the end (or, when
+	// following, until the present life has ended and all was read), until
+	// ctx ends, or until yield returns an error, which Logs then returns.
+	// Entries are yielded from one goroutine; Data is valid during the call.
+	Logs(ctx context.Context, ref Ref, opts LogOptions, yield func(LogEntry) error) error
+}
+
+// LogOptions selects log entries.
+type LogOptions struct {
+	Follow bool
+	// Tail is how many of the last lines to begin with; negative: all.
+	Tail int
+	// Since leaves out what was printed before; zero: nothing.
+	Since time.Time
+	// Stdout and Stderr choose streams.
+	Stdout, Stderr bool
+}
+
+// LogEntry is one line, or a part of at most 16 KiB of a longer one.
+type LogEntry struct {
+	Time   time.Time
+	Stderr bool
+	// Data ends with the newline that the line was printed with, if any.
+	Data []byte
+}
+
+// Prober is implemented by drivers that can run a readiness command inside.
+type Prober interface {
+	// ProbeExec runs a command inside a running sandbox, as its user, with no
+	// input and its output thrown away, and returns the exit status.
+	ProbeExec(ctx context.Context, ref Ref, command []string) (code int, err error)
+}
+
+// Resizer is implemented by drivers that can change the limits of a created
+// sandbox. The new limits hold from the next Start at the latest.
+type Resizer interface {
+	Resize(ctx context.Context, ref Ref, limits Resources) error
+}
+
+// ImageStore is implemented by drivers that boot OCI images.
+type ImageStore interface {
+	// LoadImage adds the images of an OCI or docker archive and returns them.
+	// If reading fails, or the archive is corrupt, nothing is added.
+	LoadImage(ctx context.Context, archive io.Reader) ([]Image, error)
+	// PullImage fetches an image from its registry. progress is called with
+	// lines for people, from one goroutine.
+	PullImage(ctx context.Context, reference string, progress func(string)) (Image, error)
+	Images(ctx context.Context) ([]Image, error)
+	// RemoveImage removes an image by name or id; of one that is absent the
+	// error wraps ErrNotFound, of one in use ErrState.
+	RemoveImage(ctx context.Context, reference string) error
+}
+
+// Image is one image of a store.
+type Image struct {
+	ID        string // sha256:<hex> of the configuration
+	Digest    string // sha256:<hex> of the manifest; empty: unknown
+	Names     []string
+	SizeBytes uint64
+	CreatedAt time.Time
+}
+
+// Abilities names what a driver can do beyond the basics, found by type
+// assertion: some of "exec-probe", "images", "logs", "resize".
+func Abilities(d Driver) []string {
+	var names []string
+	if _, ok := d.(Prober); ok {
+		names = append(names, "exec-probe")
+	}
+	if _, ok := d.(ImageStore); ok {
+		names = append(names, "images")
+	}
+	if _, ok := d.(LogSource); ok {
+		names = append(names, "logs")
+	}
+	if _, ok := d.(Resizer); ok {
+		names = append(names, "resize")
+	}
+	return names
+}

@@ -1,0 +1,212 @@
+package sandbox
+
+import (
+	"encoding/json"
+	"maps"
+	"slices"
+	"time"
+)
+
+// Spec is what a sandbox is made of, as its caller asked for it. The store
+// keeps it as JSON, so a field's JSON name is for ever. It holds references
+// to secrets, never values.
+type Spec struct {
+	// Driver names the driver that runs it; never empty once recorded.
+	Driver string `json:"driver"`
+	// Image is an OCI reference; exactly one of Image and Machine is set.
+	Image   string `json:"image,omitempty"`
+	Machine string `json:"machine,omitempty"`
+	// MachineClass names a row of the agent's table of classes; may be empty.
+	MachineClass string `json:"machine_class,omitempty"`
+
+	Entrypoint []string          `json:"entrypoint,omitempty"` // nil: the image's
+	Command    []string          `json:"command,omitempty"`    // nil: the image's
+	User       string            `json:"user,omitempty"`       // user[:group]; empty: the image's
+	WorkingDir string            `json:"working_dir,omitempty"`
+	Env        map[string]string `json:"env,omitempty"`
+
+	Resources Resources   `json:"resources,omitzero"`
+	Mounts    []Mount     `json:"mounts,omitempty"`
+	Ports     []Port      `json:"ports,omitempty"`
+	Secrets   []SecretRef `json:"secrets,omitempty"`
+
+	Readiness Readiness     `json:"readiness,omitzero"`
+	Idle      IdlePolicy    `json:"idle,omitzero"`
+	Restart   RestartPolicy `json:"restart,omitzero"`
+
+	// DriverOptions is a JSON object that only the driver understands, or nil.
+	DriverOptions json.RawMessage `json:"driver_options,omitempty"`
+}
+
+// Clone returns a copy that shares nothing with s.
+func (s Spec) Clone() Spec {
+	s.Entrypoint = slices.Clone(s.Entrypoint)
+	s.Command = slices.Clone(s.Command)
+	s.Env = maps.Clone(s.Env)
+	s.Mounts = slices.Clone(s.Mounts)
+	s.Ports = slices.Clone(s.Ports)
+	s.Secrets = slices.Clone(s.Secrets)
+	s.Readiness.Exec = slices.Clone(s.Readiness.Exec)
+	s.DriverOptions = slices.Clone(s.DriverOptions)
+	return s
+}
+
+// Resources bound a sandbox. Zero means no limit.
+type Resources struct {
+	CPUMillis uint32 `json:"cpu_millis,omitempty"` // thousandths of a CPU
+	MemoryMiB uint64 `json:"memory_mib,omitempty"`
+	Pids      uint32 `json:"pids,omitempty"` // processes and threads
+}
+
+// Or returns r with each zero replaced by that of other.
+func (r Resources) Or(other Resources) Resources {
+	if r.CPUMillis == 0 {
+		r.CPUMillis = other.CPUMillis
+	}
+	if r.MemoryMiB == 0 {
+		r.MemoryMiB = other.MemoryMiB
+	}
+	if r.Pids == 0 {
+		r.Pids = other.Pids
+	}
+	return r
+}
+
+// MountKind says what a mount is for.
+type MountKind string
+
+// The kinds of mount.
+const (
+	// MountWorkspace is a person's sources: read-only unless ReadWrite.
+	MountWorkspace MountKind = "workspace"
+	// MountData is the workload's own durable data: always writable, owned by
+	// the sandbox's user as seen from inside.
+	MountData MountKind = "data"
+)
+
+// Mount shows a folder of the host inside the sandbox.
+type Mount struct {
+	Kind      MountKind `json:"kind"`
+	Source    string    `json:"source"` // absolute, on the host
+	Target    string    `json:"target"` // absolute, inside; never empty once validated
+	ReadWrite bool      `json:"read_write,omitempty"`
+}
+
+// Writable reports whether the sandbox may write to it.
+func (m Mount) Writable() bool { return m.Kind == MountData || m.ReadWrite }
+
+// Port makes a service inside reachable on the host.
+type Port struct {
+	Name        string `json:"name,omitempty"`
+	GuestPort   uint16 `json:"guest_port"`
+	HostPort    uint16 `json:"host_port,omitempty"` // 0: leased
+	UDP         bool   `json:"udp,omitempty"`
+	BindAddress string `json:"bind_address,omitempty"` // empty: 127.0.0.1
+}
+
+// SecretRef names a secret and how it is delivered; never its value.
+type SecretRef struct {
+	Name     string `json:"name"`
+	Source   string `json:"source"`
+	File     bool   `json:"file,omitempty"`
+	Optional bool   `json:"optional,omitempty"`
+}
+
+// DefaultReadyTimeout and DefaultProbeInterval apply where Readiness has zero.
+const (
+	DefaultReadyTimeout  = 45 * time.Second
+	DefaultProbeInterval = 200 * time.Millisecond
+)
+
+// Readiness says when a started sandbox counts as ready. At most one of HTTP,
+// TCP and Exec is set; with none it is ready as soon as it runs.
+type Readiness struct {
+	HTTP     *HTTPProbe    `json:"http,omitempty"`
+	TCPPort  uint16        `json:"tcp_port,omitempty"`
+	Exec     []string      `json:"exec,omitempty"` // run inside; ready when it exits 0
+	Timeout  time.Duration `json:"timeout_ns,omitempty"`
+	Interval time.Duration `json:"interval_ns,omitempty"`
+}
+
+// HTTPProbe succeeds on a status from 200 to 399.
+type HTTPProbe struct {
+	Port uint16 `json:"port"`
+	Path string `json:"path"`
+}
+
+// ReadyTimeout is the time from start to ready after which the start failed.
+func (r Readiness) ReadyTimeout() time.Duration {
+	if r.Timeout == 0 {
+		return DefaultReadyTimeout
+	}
+	return r.Timeout
+}
+
+// ProbeInterval is the pause between two probes.
+func (r Readiness) ProbeInterval() time.Duration {
+	if r.Interval == 0 {
+		return DefaultProbeInterval
+	}
+	return r.Interval
+}
+
+// IdleAction says what to do with an idle sandbox.
+type IdleAction string
+
+// The idle actions. Empty means IdleStop.
+const (
+	IdleStop      IdleAction = "stop"
+	IdleHibernate IdleAction = "hibernate"
+)
+
+// IdlePolicy says what happens to a sandbox that nobody uses.
+type IdlePolicy struct {
+	Timeout time.Duration `json:"timeout_ns,omitempty"` // zero: never
+	Action  IdleAction    `json:"action,omitempty"`
+}
+
+// RestartMode says when a workload that ended by itself is started again.
+type RestartMode string
+
+// The restart modes. Empty means RestartNever.
+const (
+	RestartNever     RestartMode = "never"
+	RestartOnFailure RestartMode = "on-failure"
+	RestartAlways    RestartMode = "always"
+)
+
+// RestartPolicy says what happens when a workload ends by itself.
+type RestartPolicy struct {
+	Mode           RestartMode   `json:"mode,omitempty"`
+	MaxRetries     uint32        `json:"max_retries,omitempty"`        // zero: no bound
+	InitialBackoff time.Duration `json:"initial_backoff_ns,omitempty"` // zero: 1 s
+	MaxBackoff     time.Duration `json:"max_backoff_ns,omitempty"`     // zero: 1 min
+}
+
+// Backoff is the pause before restart number n, counted from zero: the
+// initial backoff doubled n times, at most the maximum.
+func (p RestartPolicy) Backoff(n uint32) time.Duration {
+	pause, limit := p.InitialBackoff, p.MaxBackoff
+	if pause == 0 {
+		pause = time.Second
+	}
+	if limit == 0 {
+		limit = time.Minute
+	}
+	for range n {
+		if pause >= limit {
+			break
+		}
+		pause *= 2
+	}
+	return min(pause, limit)
+}
+
+// Applies reports whether a workload that exited with this status is to be
+// started again, after retries restarts in a row.
+func (p RestartPolicy) Applies(code int, retries uint32) bool {
+	if p.MaxRetries > 0 && retries >= p.MaxRetries {
+		return false
+	}
+	return p.Mode == RestartAlways || p.Mode == RestartOnFailure && code != 0
+}
