@@ -20,7 +20,7 @@ type entry struct {
 	// made by this process.
 	reconciled chan struct{}
 	// snap is what callers see; nil while there is nothing to see.
-	snap     atomic.Pointer[Sandbox]
+	snap atomic.Pointer[Sandbox]
 	// final is the last snap of a sandbox that is gone.
 	final    atomic.Pointer[Sandbox]
 	activity atomic.Int64 // unix nanoseconds

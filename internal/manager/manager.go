@@ -75,6 +75,7 @@ type Manager struct {
 
 	// reconciled is closed once every record was compared with the host.
 	reconciled chan struct{}
+	loaded     []*entry // those that Open read; for reconcileAll alone
 	slots      *slots
 	probes     probeCache
 	requests   requests
@@ -118,6 +119,7 @@ func Open(cfg Config) (*Manager, error) {
 		e.rec = rec
 		e.touch(m.startedAt)
 		m.entries[rec.Name] = e
+		m.loaded = append(m.loaded, e)
 		m.publish(e, func(s *Sandbox) { s.Phase = PhaseUnknown })
 	}
 	return m, nil

@@ -18,18 +18,13 @@ const reconcilers = 16
 // record. Boots that it finds necessary go on in the background.
 func (m *Manager) reconcileAll() {
 	began := time.Now()
-	m.mu.RLock()
-	queue := make(chan *entry, len(m.entries))
-	for _, e := range m.entries {
-		select {
-		case <-e.reconciled: // made since Open
-		default:
-			queue <- e
-		}
+	queue := make(chan *entry, len(m.loaded))
+	for _, e := range m.loaded {
+		queue <- e
 	}
-	m.mu.RUnlock()
 	close(queue)
-	count := len(queue)
+	count := len(m.loaded)
+	m.loaded = nil
 	var workers sync.WaitGroup
 	for range reconcilers {
 		workers.Go(func() {

@@ -47,6 +47,10 @@ func (s Spec) Clone() Spec {
 	s.Ports = slices.Clone(s.Ports)
 	s.Secrets = slices.Clone(s.Secrets)
 	s.Readiness.Exec = slices.Clone(s.Readiness.Exec)
+	if s.Readiness.HTTP != nil {
+		probe := *s.Readiness.HTTP
+		s.Readiness.HTTP = &probe
+	}
 	s.DriverOptions = slices.Clone(s.DriverOptions)
 	return s
 }

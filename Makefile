@@ -1,0 +1,94 @@
+# What one types here. `make help` lists it.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# The podman bindings without their C libraries: the remote client only, and
+# OpenPGP in Go.
+TAGS    := remote containers_image_openpgp exclude_graphdriver_btrfs
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+GO      := go
+GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -tags "$(TAGS)"
+LDFLAGS := -s -w -X main.version=$(VERSION)
+TOOL    := $(GO) tool -modfile=tools/go.mod
+ENV     := $(CURDIR)/test/env/podman-env
+IMAGES  := $(CURDIR)/.cache/images
+LINT    := $(CURDIR)/.cache/bin/golangci-lint
+# The race detector needs a C compiler; without one the tests run without it.
+RACE    := $(shell command -v cc >/dev/null && echo -race)
+
+# Which real backends may not be skipped by a test that finds them missing.
+export AGENT_REQUIRE ?=
+export AGENT_TEST_IMAGES := $(IMAGES)
+
+.PHONY: help
+help: ## list what one can make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: go-present
+go-present:
+	@command -v $(GO) >/dev/null || { echo "Go is missing. Install 1.26 or newer: https://go.dev/doc/install" >&2; exit 1; }
+
+.PHONY: build
+build: go-present ## build bin/agent and bin/agentctl
+	@mkdir -p bin
+	@$(GOBUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/agent ./cmd/agentctl
+
+.PHONY: images
+images: go-present ## build the project's own test images
+	@mkdir -p $(IMAGES)
+	@$(GO) run ./test/image/cmd/mkimage -all $(IMAGES)
+
+.PHONY: env
+env: ## bring up rootless podman, or find yours
+	@$(ENV) up
+
+.PHONY: demo
+demo: build images env ## the main job, from nothing to a transcript
+	@$(ENV) exec test/demo
+
+.PHONY: test
+test: go-present images env ## run every test, on real podman
+	$(GO) test $(RACE) -tags "$(TAGS)" -exec "$(ENV) exec" -timeout 20m ./...
+
+.PHONY: test-host
+test-host: go-present ## test limits on a whole systemd host under QEMU
+	@test/env/host-test
+
+.PHONY: fuzz
+fuzz: go-present ## fuzz each parser for a while (FUZZTIME, 20s)
+	@test/fuzz $(or $(FUZZTIME),20s)
+
+.PHONY: bench
+bench: build images env ## measure, side by side with podman's own command line
+	@$(GO) test -tags "$(TAGS)" -c -o .cache/bench.test ./test/bench
+	@cd test/bench && $(ENV) exec $(CURDIR)/.cache/bench.test -test.run '^$$' -test.bench . -test.timeout 30m
+
+.PHONY: generate
+generate: go-present ## generate Go from api/
+	@$(TOOL) buf generate
+
+.PHONY: lint
+lint: go-present $(LINT) ## everything that reads the source: format, lint, buf, cross-compile
+	@$(LINT) run --timeout 10m ./...
+	@$(TOOL) buf lint
+	@GOOS=darwin CGO_ENABLED=0 $(GO) vet -tags "$(TAGS)" ./...
+	@if command -v shellcheck >/dev/null; then shellcheck .ci/run test/demo test/env/podman-env test/env/lib.sh test/env/host; fi
+
+$(LINT): tools/lint/go.sum
+	@echo "building golangci-lint (once, a few minutes)"
+	@mkdir -p $(@D) && cd tools/lint && $(GO) build -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+.PHONY: check-generated
+check-generated: generate ## fail if generated code differs from what is committed
+	@git diff --exit-code --stat -- api || { echo "run make generate and commit" >&2; exit 1; }
+	@test -z "$$(git status --porcelain -- api)" || { git status --short -- api; exit 1; }
+
+.PHONY: breaking
+breaking: go-present ## fail if the API broke its promise to older clients (AGAINST, main)
+	@$(TOOL) buf breaking --against '.git#branch=$(or $(AGAINST),main)'
+
+.PHONY: clean
+clean: ## stop the test environment and remove what was built, caches too
+	@$(ENV) down --purge || true
+	@rm -rf bin .cache
