@@ -61,8 +61,8 @@ fuzz: go-present ## fuzz each parser for a while (FUZZTIME, 20s)
 
 .PHONY: bench
 bench: build images env ## measure, side by side with podman's own command line
-	@$(GO) test -tags "$(TAGS)" -c -o .cache/bench.test ./test/bench
-	@cd test/bench && $(ENV) exec $(CURDIR)/.cache/bench.test -test.run '^$$' -test.bench . -test.timeout 30m
+	@$(GO) test -tags "$(TAGS)" -c -o .cache/bench.test ./cmd/agent
+	@cd cmd/agent && $(ENV) exec $(CURDIR)/.cache/bench.test -test.run '^$$' -test.bench . -test.timeout 30m
 
 .PHONY: generate
 generate: go-present ## generate Go from api/

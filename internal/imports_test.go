@@ -1,0 +1,109 @@
+// Package internal_test keeps the house in order: which folder may import
+// which, as docs/architecture.md says.
+package internal_test
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/choiros/agent"
+
+// rules say what of this project each folder may import; "std" also that it
+// may import nothing else. What is not here may import nothing of the project.
+var rules = map[string][]string{
+	"api/choiros/agent/v1":                {},
+	"internal/sandbox":                    {"std"},
+	"internal/sandbox/drivertest":         {"internal/sandbox"},
+	"internal/sandbox/drivertest/process": {"internal/sandbox"},
+	"internal/store":                      {"std", "internal/sandbox"},
+	"internal/manager":                    {"internal/sandbox", "internal/store"},
+	"internal/server":                     {"api/choiros/agent/v1", "internal/manager", "internal/sandbox"},
+	"internal/server/servertest":          {"api/choiros/agent/v1", "internal/sandbox"},
+	"internal/container":                  {"internal/sandbox"},
+	"internal/location":                   {"std"},
+	"internal/telemetry":                  {"internal/manager", "internal/sandbox"},
+	"cmd/agent":                           {"*"},
+	"cmd/agentctl":                        {"api/choiros/agent/v1", "internal/sandbox", "internal/location"},
+	"test/image":                          {"*"},
+	"test/image/cmd/mkimage":              {"*"},
+	"test/workload":                       {"std"},
+}
+
+func TestImports(t *testing.T) {
+	t.Parallel()
+	root, err := filepath.Abs("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]bool{}
+	err = filepath.WalkDir(root, func(file string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if entry.IsDir() && (strings.HasPrefix(entry.Name(), ".") || entry.Name() == "testdata" || entry.Name() == "tools") && file != root {
+			return fs.SkipDir
+		}
+		if !strings.HasSuffix(file, ".go") || strings.HasSuffix(file, "_test.go") {
+			return nil
+		}
+		rel, err := filepath.Rel(root, file)
+		if err != nil {
+			return err
+		}
+		seen[path.Dir(filepath.ToSlash(rel))] = true
+		checkImports(t, file, filepath.ToSlash(rel))
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(seen) < 8 {
+		t.Fatalf("found only %v; is this still the project's folder?", seen)
+	}
+}
+
+func checkImports(t *testing.T, file, rel string) {
+	t.Helper()
+	source, err := os.ReadFile(file)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	parsed, err := parser.ParseFile(token.NewFileSet(), rel, source, parser.ImportsOnly)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	allowed, known := rules[path.Dir(rel)]
+	if !known {
+		t.Errorf("%s: folder %s has no rule here", rel, path.Dir(rel))
+		return
+	}
+	for _, spec := range parsed.Imports {
+		name, err := strconv.Unquote(spec.Path.Value)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		if name == "C" && path.Dir(rel) != "internal/vm/vz" {
+			t.Errorf("%s: cgo belongs in internal/vm/vz alone", rel)
+		}
+		ours, isOurs := strings.CutPrefix(name, module+"/")
+		switch {
+		case slices.Contains(allowed, "*"):
+		case isOurs && !slices.Contains(allowed, ours):
+			t.Errorf("%s may not import %s", rel, ours)
+		case !isOurs && slices.Contains(allowed, "std") && strings.Contains(strings.Split(name, "/")[0], "."):
+			t.Errorf("%s may import the standard library alone, not %s", rel, name)
+		}
+	}
+}
