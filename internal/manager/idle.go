@@ -95,7 +95,19 @@ func (m *Manager) stopIfIdle(e *entry, since time.Time) {
 		return
 	}
 	defer e.unlock()
-	if !e.snap.Load().isReady() || e.lastActivity().After(since) {
+	before := e.snap.Load()
+	if !before.isReady() {
+		return
+	}
+	// Ensure counts as activity first and looks at the phase then. So once
+	// the phase is another, either its call is seen here, or it sees that and
+	// waits for the next boot.
+	m.see(e, enter(PhaseStopping, "IDLE", ""))
+	if e.lastActivity().After(since) {
+		m.see(e, func(s *Sandbox) {
+			enter(PhaseReady, "", "")(s)
+			s.ReadyAt = before.ReadyAt
+		})
 		return
 	}
 	if err := m.stop(m.life, e, idleGrace, "IDLE"); err != nil {

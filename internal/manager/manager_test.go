@@ -754,3 +754,31 @@ func TestThousandWaitsCostLittle(t *testing.T) {
 		t.Errorf("%d goroutines became %d", before, after)
 	}
 }
+
+func TestActivityInTheLastMomentKeepsASandbox(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	spec := process.Spec("sleep")
+	spec.Idle.Timeout = time.Hour
+	h.create("web", spec)
+	e := h.entry("web")
+	var callers sync.WaitGroup
+	for range 4 {
+		callers.Go(func() {
+			for range 200 {
+				s, err := h.m.Ensure(t.Context(), "web", nil)
+				if err != nil {
+					t.Errorf("Ensure: %v", err)
+					return
+				}
+				// As if the scan had seen it idle just before the call.
+				h.m.stopIfIdle(e, e.lastActivity().Add(-time.Nanosecond))
+				if now := h.get("web"); now.Generation != s.Generation {
+					t.Errorf("generation %d became %d", s.Generation, now.Generation)
+					return
+				}
+			}
+		})
+	}
+	callers.Wait()
+}
