@@ -1,0 +1,196 @@
+package process
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/choiros/agent/internal/sandbox"
+)
+
+// view is how a sandbox's processes see the host: with the folders of the
+// left found at the right. There being no mount namespace, it is kept up by
+// rewriting whatever begins with one of them.
+type view []struct{ target, source string }
+
+func (m made) view() view {
+	v := view{{GuestDir, filepath.Join(m.Dir, "guest")}}
+	for _, mount := range m.Spec.Mounts {
+		v = append(v, struct{ target, source string }{mount.Target, mount.Source})
+	}
+	// The innermost mount is the one that counts.
+	slices.SortStableFunc(v, func(a, b struct{ target, source string }) int {
+		return cmp.Compare(len(b.target), len(a.target))
+	})
+	return v
+}
+
+func (v view) host(s string) string {
+	for _, m := range v {
+		if rest, found := strings.CutPrefix(s, m.target); found && (rest == "" || rest[0] == '/') {
+			return m.source + rest
+		}
+	}
+	return s
+}
+
+// program returns a process of the sandbox that is yet to be started.
+func (m made) program(argv []string, root string) (*exec.Cmd, error) {
+	v := m.view()
+	args := make([]string, 0, len(argv)+1)
+	switch argv[0] {
+	case Image, Program:
+		self, err := os.Executable()
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, self, workloadFlag)
+	default:
+		path, err := exec.LookPath(v.host(argv[0]))
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, path)
+	}
+	for _, arg := range argv[1:] {
+		args = append(args, v.host(arg))
+	}
+	cmd := &exec.Cmd{
+		Path:        args[0],
+		Args:        args,
+		Env:         baseEnvironment(root),
+		Dir:         v.host(cmp.Or(m.Spec.WorkingDir, "/")),
+		SysProcAttr: confined(),
+	}
+	for _, name := range slices.Sorted(maps.Keys(m.Spec.Env)) {
+		cmd.Env = append(cmd.Env, name+"="+v.host(m.Spec.Env[name]))
+	}
+	return cmd, nil
+}
+
+// argv returns the command line of the workload.
+func (m made) argv() []string {
+	argv := slices.Clone(m.Spec.Entrypoint)
+	if argv == nil {
+		argv = []string{m.Spec.Image}
+	}
+	switch {
+	case m.Spec.Command != nil:
+		argv = append(argv, m.Spec.Command...)
+	case m.Spec.Image == Image && m.Spec.Entrypoint == nil:
+		argv = append(argv, "sleep")
+	}
+	if len(argv) == 0 {
+		argv = []string{m.Spec.Image}
+	}
+	return argv
+}
+
+// exitCode is how a process ended, as a shell would say it.
+func exitCode(state *os.ProcessState) int {
+	if status, ok := state.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		return 128 + int(status.Signal())
+	}
+	return state.ExitCode()
+}
+
+// running returns what a running sandbox was made of.
+func (d *Driver) running(ctx context.Context, ref sandbox.Ref) (made, error) {
+	o, _, err := d.settled(ctx, ref)
+	if err != nil {
+		return made{}, err
+	}
+	b, err := d.box(ref)
+	if err != nil {
+		return made{}, err
+	}
+	var m made
+	found, err := b.load("made.json", &m)
+	switch {
+	case err != nil:
+		return made{}, err
+	case o.State == sandbox.StateAbsent || !found:
+		return made{}, sandbox.ErrNotFound
+	case o.State != sandbox.StateRunning:
+		return made{}, fmt.Errorf("%w: it does not run", sandbox.ErrState)
+	}
+	return m, nil
+}
+
+// ProbeExec implements sandbox.Prober.
+func (d *Driver) ProbeExec(ctx context.Context, ref sandbox.Ref, command []string) (int, error) {
+	code, err := d.probeExec(ctx, ref, command)
+	return code, failed("probe", ref, err)
+}
+
+func (d *Driver) probeExec(ctx context.Context, ref sandbox.Ref, command []string) (int, error) {
+	if len(command) == 0 {
+		return 0, sandbox.Invalidf("command", "names no program")
+	}
+	m, err := d.running(ctx, ref)
+	if err != nil {
+		return 0, err
+	}
+	made, err := m.program(command, d.cfg.Root)
+	if err != nil {
+		return 0, err
+	}
+	cmd := exec.CommandContext(ctx, made.Path)
+	cmd.Args, cmd.Env, cmd.Dir, cmd.SysProcAttr = made.Args, made.Env, made.Dir, made.SysProcAttr
+	// Its children are in its process group, and end with it.
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	err = cmd.Run()
+	switch {
+	case ctx.Err() != nil:
+		return 0, ctx.Err()
+	case cmd.ProcessState != nil:
+		return exitCode(cmd.ProcessState), nil
+	}
+	return 0, err
+}
+
+// Dial implements sandbox.Driver.
+func (d *Driver) Dial(ctx context.Context, ref sandbox.Ref, port uint32) (net.Conn, error) {
+	conn, err := d.dial(ctx, ref, port)
+	if err != nil {
+		return nil, failed("dial", ref, fmt.Errorf("port %d: %w", port, err))
+	}
+	return conn, nil
+}
+
+func (d *Driver) dial(ctx context.Context, ref sandbox.Ref, port uint32) (net.Conn, error) {
+	m, err := d.running(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := os.Open(filepath.Join(m.Dir, "guest"))
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	name := strconv.FormatUint(uint64(port), 10) + ".sock"
+	for {
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", socketPath(dir, name))
+		// Linux has no way to wait for room among those that wait to be
+		// accepted but to try again: connect(2), EAGAIN.
+		if !errors.Is(err, syscall.EAGAIN) {
+			return conn, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,222 @@
+package process
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// shim is the process that runs one life of one sandbox.
+type shim struct {
+	box      box
+	life     life
+	alive    *os.File // locked
+	ending   *os.File // closing it, by ending, tells that this life is over
+	requests *os.File
+	log      *logWriter
+	output   sync.WaitGroup // copying what the workload prints
+	streams  []*os.File
+	cmd      *exec.Cmd
+}
+
+// runShim is a shim's main program. Its one argument is the box's folder.
+func runShim(args []string) int {
+	// The workload is killed when the thread that started it ends, and that is
+	// to be when this process does: prctl(2), PR_SET_PDEATHSIG.
+	runtime.LockOSThread()
+	// Handled and dropped rather than ignored, for that the workload would
+	// inherit.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM)
+	syscall.CloseOnExec(mutexDescriptor)
+	syscall.CloseOnExec(reportDescriptor)
+	mutex := os.NewFile(mutexDescriptor, "mutex")
+	report := os.NewFile(reportDescriptor, "report")
+
+	s := &shim{box: box{dir: args[0]}}
+	if err := s.begin(); err != nil {
+		_, _ = report.WriteString(err.Error())
+		return 1
+	}
+	mutex.Close()
+	// Whoever is to read it may be gone.
+	_, _ = report.WriteString(started)
+	report.Close()
+	if err := s.supervise(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// begin brings a new life to where its workload runs.
+func (s *shim) begin() error {
+	var m made
+	if found, err := s.box.load("made.json", &m); err != nil {
+		return err
+	} else if !found {
+		return errors.New("it was deleted")
+	}
+	var err error
+	if s.alive, err = os.OpenFile(s.box.path("alive"), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return err
+	}
+	// Waits for the shim of the life before, which has written its end and has
+	// nothing left to do but to exit.
+	lock := syscall.Flock_t{Type: syscall.F_WRLCK}
+	if err := syscall.FcntlFlock(s.alive.Fd(), syscall.F_SETLKW, &lock); err != nil {
+		return fmt.Errorf("lock %s: %w", s.alive.Name(), err)
+	}
+	if err := s.makeFIFOs(); err != nil {
+		return err
+	}
+	if s.log, err = openLog(s.box); err != nil {
+		return err
+	}
+	guest := filepath.Join(m.Dir, "guest")
+	if err := errors.Join(os.RemoveAll(guest), os.MkdirAll(guest, 0o700)); err != nil {
+		return err
+	}
+	delay, err := startDelay(m.Spec.DriverOptions)
+	if err != nil {
+		return err
+	}
+	time.Sleep(delay)
+	if err := s.startWorkload(m); err != nil {
+		return err
+	}
+	s.life.StartedAt = time.Now()
+	if s.life.Boot, err = bootID(); err != nil {
+		return err
+	}
+	return s.box.save("life.json", s.life)
+}
+
+// makeFIFOs numbers this life and makes the FIFOs for it.
+func (s *shim) makeFIFOs() error {
+	var last life
+	if _, err := s.box.load("life.json", &last); err != nil {
+		return err
+	}
+	s.life.Number = last.Number + 1
+	for number := last.Number; number <= s.life.Number; number++ {
+		for _, name := range []string{s.box.lifeFIFO(number), s.box.stopFIFO(number)} {
+			if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
+	}
+	open := func(name string) (*os.File, error) {
+		if err := syscall.Mkfifo(name, 0o600); err != nil {
+			return nil, fmt.Errorf("make %s: %w", name, err)
+		}
+		// For both directions, so that there is always an other end: fifo(7).
+		return os.OpenFile(name, os.O_RDWR|syscall.O_NONBLOCK, 0)
+	}
+	var err error
+	if s.ending, err = open(s.box.lifeFIFO(s.life.Number)); err != nil {
+		return err
+	}
+	s.requests, err = open(s.box.stopFIFO(s.life.Number))
+	return err
+}
+
+func (s *shim) startWorkload(m made) error {
+	var err error
+	if s.cmd, err = m.program(m.argv(), rootOf(s.box.dir)); err != nil {
+		return err
+	}
+	var writers [2]*os.File
+	for i := range writers {
+		reader, writer, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		defer writer.Close()
+		writers[i] = writer
+		s.streams = append(s.streams, reader)
+	}
+	s.cmd.Stdout, s.cmd.Stderr = writers[0], writers[1]
+	if err := s.cmd.Start(); err != nil {
+		return err
+	}
+	for i, stream := range s.streams {
+		s.output.Go(func() { s.log.copy(stream, i == 1) })
+	}
+	return nil
+}
+
+// supervise stops the workload when asked to, and returns when it has ended
+// and that is written down.
+func (s *shim) supervise() error {
+	stops, ended := make(chan time.Duration), make(chan struct{})
+	go func() {
+		lines := bufio.NewScanner(s.requests)
+		for lines.Scan() {
+			if grace, err := strconv.ParseInt(strings.TrimSpace(lines.Text()), 10, 64); err == nil {
+				stops <- time.Duration(grace)
+			}
+		}
+	}()
+	go func() {
+		awaitExit(s.cmd.Process)
+		close(ended)
+	}()
+
+	var deadline time.Time
+	kill := time.NewTimer(0)
+	<-kill.C
+	for {
+		select {
+		case grace := <-stops:
+			if grace <= 0 {
+				s.killAll()
+				continue
+			}
+			_ = s.cmd.Process.Signal(syscall.SIGTERM)
+			if until := time.Now().Add(grace); deadline.IsZero() || until.Before(deadline) {
+				deadline = until
+				kill.Reset(grace)
+			}
+		case <-kill.C:
+			s.killAll()
+		case <-ended:
+			return s.finish()
+		}
+	}
+}
+
+// killAll kills the workload and what it started. Its first process was not
+// waited for yet, so nobody else can have its process group.
+func (s *shim) killAll() { _ = syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL) }
+
+// finish writes down how the workload ended.
+func (s *shim) finish() error {
+	// As in a container, nothing outlives the first process.
+	s.killAll()
+	err := s.cmd.Wait()
+	var status *exec.ExitError
+	if err != nil && !errors.As(err, &status) {
+		return err
+	}
+	finished := time.Now()
+	// Only what left the process group can still hold the streams open.
+	for _, stream := range s.streams {
+		_ = stream.SetReadDeadline(finished.Add(time.Second))
+	}
+	s.output.Wait()
+	if s.log.err != nil {
+		fmt.Fprintln(os.Stderr, "write log:", s.log.err)
+	}
+	return s.box.save("end.json", end{Life: s.life, FinishedAt: finished, ExitCode: exitCode(s.cmd.ProcessState)})
+}

@@ -1,0 +1,112 @@
+package process
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"unsafe"
+)
+
+// detached makes a process that outlives this one and its terminal.
+func detached() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{Setsid: true, PidFD: new(int)}
+}
+
+// confined makes a process group that does not outlive the calling thread.
+func confined() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+}
+
+// bootID tells this boot of the host from every other: random(4).
+func bootID() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id)), err
+}
+
+// socketPath is a path for a socket in an open folder that is short enough
+// for unix(7), however long the folder's own is.
+func socketPath(dir *os.File, name string) string {
+	return "/proc/self/fd/" + strconv.Itoa(int(dir.Fd())) + "/" + name
+}
+
+// reap sees to it that a child is waited for once it ends, should this process
+// live that long: else it would stay as a zombie. The goroutine waits for
+// nothing else, and so nobody waits for it; it costs no thread.
+func reap(cmd *exec.Cmd) {
+	pidfd := *cmd.SysProcAttr.PidFD
+	if pidfd < 0 || syscall.SetNonblock(pidfd, true) != nil {
+		go func() { _ = cmd.Wait() }()
+		return
+	}
+	child := os.NewFile(uintptr(pidfd), "pidfd") // in the poller: pidfd_open(2)
+	_ = cmd.Process.Release()
+	go func() {
+		defer child.Close()
+		conn, err := child.SyscallConn()
+		if err != nil {
+			return
+		}
+		_ = conn.Read(func(pidfd uintptr) bool {
+			return !errors.Is(waitid(pidfdType, pidfd, syscall.WEXITED), syscall.EAGAIN)
+		})
+	}()
+}
+
+// awaitExit returns when a child has ended, and leaves it to be waited for: so
+// long, its pid is nobody else's. See waitid(2).
+func awaitExit(process *os.Process) {
+	_ = waitid(pidType, uintptr(process.Pid), syscall.WEXITED|syscall.WNOWAIT)
+}
+
+// What the second argument of waitid(2) is.
+const (
+	pidType   = 1
+	pidfdType = 3
+)
+
+func waitid(idType, id uintptr, options int) error {
+	var info [128]byte // siginfo_t
+	for {
+		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, idType, id,
+			uintptr(unsafe.Pointer(&info)), uintptr(options), 0, 0)
+		switch err {
+		case 0:
+			return nil
+		case syscall.EINTR:
+		default:
+			return err
+		}
+	}
+}
+
+// Processes returns the pids of all processes that live and run for a sandbox
+// under the given root: shims, workloads, and what these started. Tests use it
+// to see that nothing is left.
+func Processes(root string) ([]int, error) {
+	files, err := filepath.Glob("/proc/[0-9]*/environ")
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, file := range files {
+		environ, err := os.ReadFile(file) // empty, of a zombie
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) || errors.Is(err, os.ErrPermission) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for entry := range bytes.SplitSeq(environ, []byte{0}) {
+			if string(entry) == rootVariable+"="+root {
+				pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids, nil
+}
