@@ -1,0 +1,308 @@
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+
+	"github.com/containers/podman/v5/libpod/define"
+	"github.com/containers/podman/v5/pkg/bindings/images"
+	"github.com/containers/podman/v5/pkg/domain/entities/types"
+	"github.com/containers/podman/v5/pkg/specgen"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"go.podman.io/image/v5/manifest"
+
+	"github.com/choiros/agent/internal/sandbox"
+)
+
+// logSizeBytes bounds what is kept of a workload's output. When it is reached
+// conmon begins anew.
+const logSizeBytes = 64 << 20
+
+// plan is all that a sandbox's container is made from.
+type plan struct {
+	name, owner string
+	ref         sandbox.Ref
+	spec        sandbox.Spec
+	opts        options
+	binds       []bind
+	image       imageFacts
+	account     account
+	pasta       []string
+	limits      sandbox.Limits
+}
+
+// imageFacts is what is needed to know of an image.
+type imageFacts struct {
+	id   string
+	user string
+	cmd  []string
+}
+
+// Validate implements sandbox.Validator.
+func (d *Driver) Validate(ctx context.Context, spec sandbox.Spec) error {
+	_, _, _, err := d.check(ctx, spec)
+	return err
+}
+
+// check does what can be done of a plan without making anything.
+func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (options, []bind, *types.ImageInspectReport, error) {
+	fail := func(err error) (options, []bind, *types.ImageInspectReport, error) {
+		return options{}, nil, nil, err
+	}
+	if spec.Image == "" {
+		return fail(sandbox.Unsupportedf("spec.machine", "this driver runs images only; give spec.image"))
+	}
+	opts, err := parseOptions(spec.DriverOptions)
+	if err != nil {
+		return fail(err)
+	}
+	conn, err := d.connect(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	binds, err := resolveMounts(spec.Mounts, conn.socket)
+	if err != nil {
+		return fail(err)
+	}
+	facts, err := d.facts(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	if err := checkLimits(spec.Resources, facts); err != nil {
+		return fail(err)
+	}
+	image, err := d.image(ctx, spec.Image)
+	if err != nil {
+		return fail(err)
+	}
+	if a, ok := accountOf(userOf(spec, image)); ok && opts.Userns == usernsAuto {
+		if err := checkAccount(a, userOf(spec, image), facts); err != nil {
+			return fail(err)
+		}
+	}
+	return opts, binds, image, nil
+}
+
+// image looks an image up. It never pulls one.
+func (d *Driver) image(ctx context.Context, reference string) (*types.ImageInspectReport, error) {
+	var image *types.ImageInspectReport
+	err := d.call(ctx, readLimit, func(ctx context.Context) (err error) {
+		image, err = images.GetImage(ctx, reference, nil)
+		return err
+	})
+	if isNotFound(err) {
+		return nil, &sandbox.FieldError{
+			Field:   "spec.image",
+			Problem: reference + " is not on this host; get it with agentctl image load or agentctl image pull",
+			Err:     sandbox.ErrNotFound,
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if image.ImageData == nil || image.Config == nil {
+		return nil, &sandbox.UnavailableError{Err: fmt.Errorf("podman says nothing of image %s", reference), Cure: upgradeCure}
+	}
+	return image, nil
+}
+
+// checkLimits refuses limits that this host would not enforce.
+func checkLimits(r sandbox.Resources, facts *hostFacts) error {
+	for _, limit := range []struct {
+		field           string
+		given, enforced bool
+	}{
+		{"spec.resources.cpu_millis", r.CPUMillis > 0, facts.limits.CPU},
+		{"spec.resources.memory_mib", r.MemoryMiB > 0, facts.limits.Memory},
+		{"spec.resources.pids", r.Pids > 0, facts.limits.Pids},
+	} {
+		if limit.given && !limit.enforced {
+			return sandbox.Unsupportedf(limit.field, "cannot be enforced on this host: %s; %s", facts.whyUnlimited, facts.limitsCure)
+		}
+	}
+	return nil
+}
+
+// checkAccount refuses a user for whom the host has no number left.
+func checkAccount(a account, user string, facts *hostFacts) error {
+	if int64(max(a.uid, a.gid)) < facts.uids {
+		return nil
+	}
+	return sandbox.Invalidf("spec.user", "%s is beyond the %d ids that containers of this user have; "+
+		"as root: usermod --add-subuids and --add-subgids give more", user, facts.uids)
+}
+
+// userOf returns whom a workload runs as, as user[:group].
+func userOf(spec sandbox.Spec, image *types.ImageInspectReport) string {
+	if spec.User != "" {
+		return spec.User
+	}
+	return image.Config.User
+}
+
+// plan finds out all that a container is made from.
+func (d *Driver) plan(ctx context.Context, ref sandbox.Ref, spec sandbox.Spec) (plan, error) {
+	opts, binds, image, err := d.check(ctx, spec)
+	if err != nil {
+		return plan{}, err
+	}
+	facts, err := d.facts(ctx)
+	if err != nil {
+		return plan{}, err
+	}
+	p := plan{
+		name: d.name(ref.ID), owner: d.cfg.Owner, ref: ref, spec: spec, opts: opts, binds: binds,
+		image:  imageFacts{id: image.ID, user: image.Config.User, cmd: image.Config.Cmd},
+		limits: facts.limits,
+	}
+	if opts.Network == networkInternet {
+		p.pasta = pastaOptions(facts.pastaDate, hasIPv4Route())
+	}
+	if opts.Userns == usernsAuto {
+		user := userOf(spec, image)
+		if p.account, err = d.account(ctx, ref.ID, image, user); err != nil {
+			return plan{}, err
+		}
+		if err := checkAccount(p.account, user, facts); err != nil {
+			return plan{}, err
+		}
+	}
+	return p, nil
+}
+
+// container writes a plan in Podman's terms. What the API would take from
+// containers.conf where it is not said, is said, if it matters.
+func (p plan) container() *specgen.SpecGenerator {
+	s := specgen.NewSpecGenerator(p.image.id, false)
+	no, yes := false, true
+
+	s.Name = p.name
+	s.Hostname = p.ref.ID
+	s.RawImageName = p.spec.Image
+	s.Labels = map[string]string{labelOwner: p.owner, labelSandbox: p.ref.ID}
+	s.Entrypoint, s.Command = p.spec.Entrypoint, p.spec.Command
+	if len(s.Entrypoint) > 0 && len(s.Command) == 0 {
+		// Podman would drop the image's command along with its entrypoint.
+		s.Command = p.image.cmd
+	}
+	s.Env = p.spec.Env
+	s.EnvHost, s.HTTPProxy = &no, &no
+	s.WorkDir, s.CreateWorkingDir = p.spec.WorkingDir, &yes
+	s.User = p.spec.User
+	s.RestartPolicy = define.RestartPolicyNo
+	s.SdNotifyMode = define.SdNotifyModeIgnore
+	s.Systemd = "false"
+	// An image's health check would be run by timers of systemd's.
+	s.HealthConfig = &manifest.Schema2HealthConfig{Test: []string{define.HealthConfigTestNone}}
+	s.LogConfiguration = &specgen.LogConfig{Driver: define.KubernetesLogging, Size: logSizeBytes}
+
+	p.harden(s)
+	s.NetNS, s.NetworkOptions = network(p.opts.Network, p.pasta)
+	s.UseImageHosts = &yes // that is: not Podman's; see hostsFile
+	s.Mounts = p.mounts()
+	s.ImageVolumeMode = "ignore"
+	if p.opts.ReadOnlyRootfs {
+		s.ImageVolumeMode = define.TypeTmpfs
+	}
+	s.ResourceLimits = resources(p.spec.Resources, p.limits)
+	return s
+}
+
+// harden closes what can be closed.
+func (p plan) harden(s *specgen.SpecGenerator) {
+	no, yes := false, true
+	s.Privileged, s.NoNewPrivileges = &no, &yes
+	s.CapDrop, s.CapAdd = []string{"ALL"}, p.opts.CapAdd
+	s.ReadOnlyFilesystem, s.ReadWriteTmpfs = &p.opts.ReadOnlyRootfs, &p.opts.ReadOnlyRootfs
+	s.Init = &no
+	private := specgen.Namespace{NSMode: specgen.Private}
+	s.PidNS, s.IpcNS, s.UtsNS, s.CgroupNS = private, private, private, private
+	s.UserNS = specgen.Namespace{NSMode: specgen.Host} // the rootless user's own
+	if p.account != (account{}) {
+		s.UserNS = specgen.Namespace{
+			NSMode: specgen.KeepID,
+			Value:  fmt.Sprintf("uid=%d,gid=%d", p.account.uid, p.account.gid),
+		}
+	}
+	s.Rlimits = []specs.POSIXRlimit{{Type: "core"}}
+}
+
+// mounts are a sandbox's own, then those that its spec asks for.
+func (p plan) mounts() []specs.Mount {
+	mounts := []specs.Mount{
+		bindMount(guestDir(p.ref), guestTarget, "rw", "noexec"),
+		bindMount(hostsPath(p.ref), "/etc/hosts", "ro", "noexec"),
+	}
+	for _, b := range p.binds {
+		if b.writable {
+			mounts = append(mounts, bindMount(b.source, b.target, "rw"))
+		} else {
+			mounts = append(mounts, bindMount(b.source, b.target, "ro"))
+		}
+	}
+	return mounts
+}
+
+// bindMount binds recursively: the kernel lets no user namespace show a folder
+// without what is mounted below it.
+func bindMount(source, target string, options ...string) specs.Mount {
+	return specs.Mount{
+		Type: define.TypeBind, Source: source, Destination: target,
+		Options: append([]string{"rbind", "rprivate", "nosuid", "nodev"}, options...),
+	}
+}
+
+// cpuPeriodMicros is the time over which a share of the CPU is measured out.
+const cpuPeriodMicros uint64 = 100_000
+
+// resources writes limits in the runtime's terms, each one of those that can be
+// enforced: a zero lifts it.
+func resources(r sandbox.Resources, enforced sandbox.Limits) *specs.LinuxResources {
+	limits := new(specs.LinuxResources)
+	if enforced.CPU {
+		period, quota := cpuPeriodMicros, int64(-1)
+		if r.CPUMillis > 0 {
+			quota = int64(r.CPUMillis) * int64(period) / 1000
+		}
+		limits.CPU = &specs.LinuxCPU{Period: &period, Quota: &quota}
+	}
+	if enforced.Memory {
+		memory := int64(-1)
+		if r.MemoryMiB > 0 {
+			memory = int64(min(r.MemoryMiB, math.MaxInt64>>20)) << 20
+		}
+		swap := memory // memory and swap together: none beyond the limit
+		limits.Memory = &specs.LinuxMemory{Limit: &memory, Swap: &swap}
+	}
+	if enforced.Pids {
+		pids := int64(-1)
+		if r.Pids > 0 {
+			pids = int64(r.Pids)
+		}
+		limits.Pids = &specs.LinuxPids{Limit: pids}
+	}
+	return limits
+}
+
+// isNotFound reports whether Podman said that there is no such thing.
+func isNotFound(err error) bool {
+	var answer *podmanError
+	return errors.As(err, &answer) && errors.Is(answer, sandbox.ErrNotFound)
+}
+
+// ownSources are the sources of a container's mounts that come from its spec.
+func ownSources(data *define.InspectContainerData) []string {
+	var sources []string
+	for _, m := range data.Mounts {
+		if m.Type == define.TypeBind && m.Destination != guestTarget && m.Destination != "/etc/hosts" &&
+			!strings.HasPrefix(m.Destination, "/run/.") {
+			sources = append(sources, m.Source)
+		}
+	}
+	slices.Sort(sources)
+	return slices.Compact(sources)
+}

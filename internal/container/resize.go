@@ -1,0 +1,47 @@
+package container
+
+import (
+	"context"
+
+	"github.com/containers/podman/v5/pkg/bindings/containers"
+	"github.com/containers/podman/v5/pkg/domain/entities/types"
+
+	"github.com/choiros/agent/internal/sandbox"
+)
+
+// Resize implements sandbox.Resizer. The new limits hold at once, also for one
+// that runs.
+func (d *Driver) Resize(ctx context.Context, ref sandbox.Ref, limits sandbox.Resources) error {
+	return op("resize", ref.ID, d.resize(ctx, ref, limits))
+}
+
+func (d *Driver) resize(ctx context.Context, ref sandbox.Ref, limits sandbox.Resources) error {
+	data, _, err := d.inspect(ctx, ref.ID)
+	if err == nil && data == nil {
+		err = d.whyAbsent(ctx, ref.ID)
+	}
+	if err != nil {
+		return err
+	}
+	facts, err := d.facts(ctx)
+	if err != nil {
+		return err
+	}
+	if err := checkLimits(limits, facts); err != nil {
+		return err
+	}
+	if facts.limits == (sandbox.Limits{}) {
+		return nil
+	}
+	err = d.settle(ctx, readLimit, func(ctx context.Context) error {
+		_, err := containers.Update(ctx, &types.ContainerUpdateOptions{
+			NameOrID:  data.ID,
+			Resources: resources(limits, facts.limits),
+		})
+		return err
+	})
+	if isNotFound(err) {
+		return sandbox.ErrNotFound
+	}
+	return err
+}
