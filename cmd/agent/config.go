@@ -1,0 +1,145 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/choiros/agent/internal/location"
+)
+
+// Config is all that can be set, see docs/agent.md. One struct, made once,
+// whose values are passed on as plain arguments.
+type Config struct {
+	StateDir      string `toml:"state_dir"`
+	Socket        string `toml:"socket"`
+	SocketGroup   string `toml:"socket_group"`
+	DefaultDriver string `toml:"default_driver"`
+	LogLevel      string `toml:"log_level"`
+	LogFormat     string `toml:"log_format"`
+
+	MachineClasses     string   `toml:"machine_classes"`
+	MountRoots         []string `toml:"mount_roots"`
+	MaxConcurrentBoots int      `toml:"max_concurrent_boots"`
+	MaxRunning         int      `toml:"max_running"`
+	MinFreeMemoryMiB   uint64   `toml:"min_free_memory_mib"`
+	IdleScan           duration `toml:"idle_scan"`
+	MaxArchiveMiB      uint64   `toml:"max_archive_mib"`
+	StopTimeout        duration `toml:"stop_timeout"`
+
+	TLS     TLSConfig     `toml:"tls"`
+	Metrics MetricsConfig `toml:"metrics"`
+	Traces  TracesConfig  `toml:"traces"`
+	Podman  PodmanConfig  `toml:"podman"`
+}
+
+// TLSConfig is TCP with mutual TLS; off without Listen.
+type TLSConfig struct {
+	Listen   string `toml:"listen"`
+	Cert     string `toml:"cert"`
+	Key      string `toml:"key"`
+	ClientCA string `toml:"client_ca"`
+}
+
+// MetricsConfig is the listener that Prometheus asks; off without Listen.
+type MetricsConfig struct {
+	Listen      string `toml:"listen"`
+	AllowRemote bool   `toml:"allow_remote"`
+}
+
+// TracesConfig is where traces are sent; off without OTLPEndpoint.
+type TracesConfig struct {
+	OTLPEndpoint string `toml:"otlp_endpoint"`
+}
+
+// PodmanConfig is what the podman driver is told.
+type PodmanConfig struct {
+	// Socket is podman's; empty: the driver looks for it.
+	Socket string `toml:"socket"`
+}
+
+// Default is the configuration of a user who set nothing.
+func Default(getenv func(string) string, uid int) Config {
+	return Config{
+		StateDir:           location.State(getenv, uid),
+		Socket:             location.Socket(getenv, uid),
+		DefaultDriver:      "podman",
+		LogLevel:           "info",
+		LogFormat:          "text",
+		MaxConcurrentBoots: 10,
+		MaxRunning:         200,
+		MinFreeMemoryMiB:   1024,
+		IdleScan:           duration(30 * time.Second),
+		MaxArchiveMiB:      16 << 10,
+		StopTimeout:        duration(10 * time.Second),
+	}
+}
+
+// key is one setting: its path in the file, which with dashes is its flag,
+// and where it is kept.
+type key struct {
+	path, arg, help string
+	at              any
+}
+
+// flag is the key's name on the command line.
+func (k key) flag() string { return strings.NewReplacer(".", "-", "_", "-").Replace(k.path) }
+
+// keys are all of them, in the order they are shown in.
+func (c *Config) keys() []key {
+	return []key{
+		{"state_dir", "DIR", "keep records in this directory", &c.StateDir},
+		{"socket", "PATH", "listen on this unix socket", &c.Socket},
+		{"socket_group", "GROUP", "let members of this group use the socket", &c.SocketGroup},
+		{"default_driver", "NAME", "driver of sandboxes that name none", &c.DefaultDriver},
+		{"log_level", "LEVEL", "debug, info, warn or error", &c.LogLevel},
+		{"log_format", "FORMAT", "text or json", &c.LogFormat},
+		{"machine_classes", "FILE", "table of machine classes", &c.MachineClasses},
+		{"mount_roots", "DIR:…", "mount only folders below these; none given: any", &c.MountRoots},
+		{"max_concurrent_boots", "N", "boot at most this many sandboxes at once", &c.MaxConcurrentBoots},
+		{"max_running", "N", "run at most this many sandboxes", &c.MaxRunning},
+		{"min_free_memory_mib", "MIB", "boot nothing while less memory is free", &c.MinFreeMemoryMiB},
+		{"idle_scan", "TIME", "pause between two looks for idle sandboxes", &c.IdleScan},
+		{"max_archive_mib", "MIB", "refuse longer image archives", &c.MaxArchiveMiB},
+		{"stop_timeout", "TIME", "wait this long for requests when stopping", &c.StopTimeout},
+		{"tls.listen", "ADDR", "also listen on this host:port, with mutual TLS", &c.TLS.Listen},
+		{"tls.cert", "FILE", "the agent's certificate (PEM)", &c.TLS.Cert},
+		{"tls.key", "FILE", "the certificate's key (PEM)", &c.TLS.Key},
+		{"tls.client_ca", "FILE", "CA that clients' certificates are signed by (PEM)", &c.TLS.ClientCA},
+		{"metrics.listen", "ADDR", "serve metrics to Prometheus on this host:port", &c.Metrics.Listen},
+		{"metrics.allow_remote", "", "serve metrics beyond the loopback interface", &c.Metrics.AllowRemote},
+		{"traces.otlp_endpoint", "URL", "send traces to this OpenTelemetry collector", &c.Traces.OTLPEndpoint},
+		{"podman.socket", "PATH", "podman's API socket; none given: looked for", &c.Podman.Socket},
+	}
+}
+
+// duration is a time.Duration that reads "30s".
+type duration time.Duration
+
+func (d *duration) UnmarshalText(text []byte) error {
+	parsed, err := time.ParseDuration(string(text))
+	if err != nil {
+		return fmt.Errorf("%q is not a duration such as 30s or 2m", text)
+	}
+	*d = duration(parsed)
+	return nil
+}
+
+func (d duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+func (d duration) String() string { return time.Duration(d).String() }
+
+// absolute makes a path given on the command line independent of the folder
+// that the agent was started in.
+func absolute(path string) (string, error) {
+	if path == "" || filepath.IsAbs(path) || strings.Contains(path, "://") {
+		return path, nil
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, path), nil
+}

@@ -1,0 +1,299 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
+	"github.com/choiros/agent/internal/sandbox"
+)
+
+// scenario is every operation that has steps, each retried under its request
+// id until it is answered, whatever happens to the agent meanwhile.
+func scenario(h *crashHost, name string) {
+	h.mutate(name, "create", true)
+	h.mutate(name, "stop", false)
+	h.mutate(name, "start", true)
+	h.mutate(name, "restart", true)
+	h.mutate(name, "delete", false)
+}
+
+// TestKillAtEveryStep kills the agent, as kill -9 does, at each step of each
+// operation in turn.
+func TestKillAtEveryStep(t *testing.T) {
+	onBackends(t, func(t *testing.T, b backend) {
+		rehearsal := newCrashHost(t, b)
+		trace := filepath.Join(t.TempDir(), "steps")
+		rehearsal.start(stepsEnv + "=" + trace)
+		scenario(rehearsal, "web")
+		data, err := os.ReadFile(trace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		steps := strings.Fields(string(data))
+		if len(steps) < 15 || !slices.Contains(steps, "delete:record") {
+			t.Fatalf("the scenario has only the steps %v", steps)
+		}
+		nth := map[string]int{}
+		for _, step := range steps {
+			nth[step]++
+			at := fmt.Sprintf("%s:%d", step, nth[step])
+			t.Run(at, func(t *testing.T) {
+				t.Parallel()
+				h := newCrashHost(t, b)
+				h.start(killEnv + "=" + at)
+				scenario(h, "web")
+				if h.crashes.Load() != 1 {
+					t.Errorf("the agent was killed %d times; want once, at %s", h.crashes.Load(), at)
+				}
+				h.check()
+			})
+		}
+	})
+}
+
+// TestRandomOperationsWithKills runs random operations on several sandboxes
+// at once while the agent is killed at random, and compares records, operating
+// system and API after each restart.
+func TestRandomOperationsWithKills(t *testing.T) {
+	onBackends(t, func(t *testing.T, b backend) {
+		seed := uint64(time.Now().UnixNano())
+		t.Logf("seed %d", seed)
+		h := newCrashHost(t, b)
+		h.start()
+		for round := range b.rounds {
+			random := rand.New(rand.NewPCG(seed, uint64(round)))
+			var workers sync.WaitGroup
+			for w := range 4 {
+				own := rand.New(rand.NewPCG(random.Uint64(), uint64(w)))
+				workers.Go(func() { h.randomly(fmt.Sprintf("box-%d", w), own, 6) })
+			}
+			ended := make(chan struct{})
+			go func() { workers.Wait(); close(ended) }()
+			for killing := true; killing; {
+				h.awaitAgent() // or none would ever get anything done
+				select {
+				case <-time.After(time.Duration(random.IntN(b.killWithin)) * time.Millisecond):
+					h.kill()
+				case <-ended:
+					killing = false
+				}
+			}
+			h.check()
+		}
+		if h.crashes.Load() < int64(b.rounds) {
+			t.Errorf("only %d kills in %d rounds", h.crashes.Load(), b.rounds)
+		}
+		for w := range 4 {
+			h.mutate(fmt.Sprintf("box-%d", w), "delete", false)
+		}
+		h.check()
+	})
+}
+
+// randomly does n random operations on one sandbox that nobody else changes.
+func (h *crashHost) randomly(name string, random *rand.Rand, n int) {
+	for range n {
+		known := h.model(name)
+		if known == nil {
+			h.mutate(name, "create", random.IntN(4) > 0)
+			continue
+		}
+		switch random.IntN(10) {
+		case 0, 1:
+			h.mutate(name, "delete", false)
+		case 2, 3, 4:
+			h.mutate(name, "stop", false)
+		case 5, 6:
+			h.mutate(name, "restart", true)
+		case 7:
+			h.mutate(name, "ensure", true)
+		default:
+			h.mutate(name, "start", true)
+		}
+	}
+}
+
+// expectation is what a client that was answered may rely on.
+type expectation struct {
+	uid        string
+	running    bool
+	generation uint64
+}
+
+func (h *crashHost) model(name string) *expectation {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.expected[name]
+}
+
+// mutate asks for an operation until it is answered, under one request id, and
+// notes what may be relied on from then on.
+func (h *crashHost) mutate(name, operation string, running bool) {
+	h.t.Helper()
+	id := fmt.Sprintf("%s-%d", h.t.Name(), h.requests.Add(1))
+	for deadline := time.Now().Add(2 * time.Minute); ; {
+		got, err := h.ask(h.t.Context(), name, operation, running, id)
+		switch {
+		case err == nil:
+			h.note(name, operation, running, got)
+			return
+		case !interrupted(err):
+			h.t.Errorf("%s %s: %v", operation, name, err)
+			return
+		case time.Now().After(deadline):
+			h.t.Errorf("%s %s was never answered: %v", operation, name, err)
+			return
+		}
+		h.awaitAgent()
+	}
+}
+
+// interrupted reports whether an error is that of an agent that died.
+func interrupted(err error) bool {
+	return slices.Contains([]codes.Code{codes.Unavailable, codes.Canceled}, status.Code(err))
+}
+
+func (h *crashHost) ask(ctx context.Context, name, operation string, running bool, id string) (*agentv1.Sandbox, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	switch client := h.client(); operation {
+	case "create":
+		r, err := client.CreateSandbox(ctx, &agentv1.CreateSandboxRequest{
+			Sandbox: &agentv1.Sandbox{Name: name, Spec: h.backend.spec()}, Start: running, RequestId: id,
+		})
+		return r.GetSandbox(), err
+	case "start":
+		r, err := client.StartSandbox(ctx, &agentv1.StartSandboxRequest{Name: name, RequestId: id})
+		return r.GetSandbox(), err
+	case "ensure":
+		r, err := client.EnsureSandbox(ctx, &agentv1.EnsureSandboxRequest{Name: name})
+		return r.GetSandbox(), err
+	case "stop":
+		r, err := client.StopSandbox(ctx, &agentv1.StopSandboxRequest{Name: name, RequestId: id})
+		return r.GetSandbox(), err
+	case "restart":
+		r, err := client.RestartSandbox(ctx, &agentv1.RestartSandboxRequest{Name: name, RequestId: id})
+		return r.GetSandbox(), err
+	default:
+		_, err := client.DeleteSandbox(ctx, &agentv1.DeleteSandboxRequest{Name: name, RequestId: id})
+		return nil, err
+	}
+}
+
+// note checks an answer against what was known and remembers it.
+func (h *crashHost) note(name, operation string, running bool, got *agentv1.Sandbox) {
+	h.t.Helper()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	before := h.expected[name]
+	if operation == "delete" {
+		delete(h.expected, name)
+		return
+	}
+	now := &expectation{uid: got.GetUid(), running: running, generation: got.GetStatus().GetGeneration()}
+	h.expected[name] = now
+	if ready := got.GetStatus().GetPhase() == agentv1.Phase_PHASE_READY; ready != running {
+		h.t.Errorf("%s %s answered with phase %s", operation, name, got.GetStatus().GetPhase())
+	}
+	if before == nil {
+		return
+	}
+	if before.uid != now.uid {
+		h.t.Errorf("%s %s: it is another sandbox than before", operation, name)
+	}
+	least := before.generation
+	if operation == "restart" || running && !before.running {
+		least++
+	}
+	if now.generation < least {
+		h.t.Errorf("%s %s: generation %d after %d", operation, name, now.generation, before.generation)
+	}
+}
+
+// check compares records, operating system and API with each other and with
+// what clients were promised.
+func (h *crashHost) check() {
+	h.t.Helper()
+	h.awaitAgent()
+	ctx := h.t.Context()
+	listed, err := h.client().ListSandboxes(ctx, &agentv1.ListSandboxesRequest{})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	var inAPI []string
+	for _, s := range listed.GetSandboxes() {
+		inAPI = append(inAPI, s.GetName())
+		h.checkOne(ctx, s)
+	}
+	h.mu.Lock()
+	for name := range h.expected {
+		if !slices.Contains(inAPI, name) {
+			h.t.Errorf("%s is lost", name)
+		}
+	}
+	h.mu.Unlock()
+	var onHost, inStore []string
+	h.eventually("records, folders and artefacts agree with the API", func() error {
+		if onHost, err = h.driver().List(ctx); err != nil {
+			return err
+		}
+		inStore = nil
+		records, err := filepath.Glob(filepath.Join(h.state, "records", "*"))
+		for _, path := range records {
+			inStore = append(inStore, strings.TrimSuffix(filepath.Base(path), ".json"))
+		}
+		if !slices.Equal(inAPI, onHost) || !slices.Equal(inAPI, inStore) {
+			err = fmt.Errorf("the API has %v, the host %v, the store %v", inAPI, onHost, inStore)
+		}
+		folders, _ := filepath.Glob(filepath.Join(h.state, "sandboxes", "*"))
+		if len(folders) != len(inAPI) {
+			err = errors.Join(err, fmt.Errorf("folders: %v", folders))
+		}
+		return errors.Join(err, h.backend.orphans(h, inAPI))
+	})
+}
+
+// checkOne compares one sandbox of the API with the host.
+func (h *crashHost) checkOne(ctx context.Context, s *agentv1.Sandbox) {
+	h.t.Helper()
+	want := h.model(s.GetName())
+	if want == nil {
+		h.t.Errorf("%s exists though its deletion was answered", s.GetName())
+		return
+	}
+	if s.GetUid() != want.uid || s.GetStatus().GetGeneration() < want.generation {
+		h.t.Errorf("%s is %s, generation %d; promised were %s, %d", s.GetName(), s.GetUid(), s.GetStatus().GetGeneration(), want.uid, want.generation)
+	}
+	h.eventually(s.GetName()+" is as promised", func() error {
+		now, err := h.client().GetSandbox(ctx, &agentv1.GetSandboxRequest{Name: s.GetName()})
+		if err != nil {
+			return err
+		}
+		ref := sandbox.Ref{ID: s.GetName(), Dir: filepath.Join(h.state, "sandboxes", s.GetName())}
+		obs, err := h.driver().Inspect(ctx, ref)
+		if err != nil {
+			return err
+		}
+		ready := now.GetSandbox().GetStatus().GetPhase() == agentv1.Phase_PHASE_READY
+		desired := now.GetSandbox().GetDesiredState() == agentv1.DesiredState_DESIRED_STATE_RUNNING
+		runs := obs.State == sandbox.StateRunning
+		if ready != want.running || desired != want.running || runs != want.running {
+			return fmt.Errorf("phase %s, desired %s, on the host %s; promised running: %t",
+				now.GetSandbox().GetStatus().GetPhase(), now.GetSandbox().GetDesiredState(), obs.State, want.running)
+		}
+		return nil
+	})
+}

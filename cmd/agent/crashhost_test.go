@@ -1,0 +1,252 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
+	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/sandbox/drivertest/process"
+)
+
+// backend is a driver that crashes are tried on.
+type backend struct {
+	name       string
+	rounds     int // of random operations
+	killWithin int // milliseconds between two kills, at most
+	spec       func() *agentv1.SandboxSpec
+	// driver opens the driver as the agent does.
+	driver func(h *crashHost, owner string) sandbox.Driver
+	// orphans reports what lives on the host beyond these sandboxes.
+	orphans func(h *crashHost, names []string) error
+}
+
+// crashHost is a host whose agent is killed and started again.
+type crashHost struct {
+	t       *testing.T
+	backend backend
+	dir     string
+	state   string
+	socket  string
+
+	requests atomic.Int64
+	crashes  atomic.Int64
+	done     chan struct{} // closed when the test ends: nothing is restarted
+	dead     chan struct{} // closed when the agent ended by itself
+	keeper   sync.WaitGroup
+
+	mu       sync.Mutex
+	cmd      *exec.Cmd
+	conn     *grpc.ClientConn
+	expected map[string]*expectation
+}
+
+func newCrashHost(t *testing.T, b backend) *crashHost {
+	t.Helper()
+	// Not t.TempDir: its name is too long for a socket's.
+	dir, err := os.MkdirTemp("", "crash")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &crashHost{
+		t: t, backend: b, dir: dir, state: filepath.Join(dir, "state"), socket: filepath.Join(dir, "s"),
+		done: make(chan struct{}), dead: make(chan struct{}), expected: map[string]*expectation{},
+	}
+	conn, err := grpc.NewClient("unix://"+h.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.conn = conn
+	t.Cleanup(h.end)
+	return h
+}
+
+// start starts the agent and keeps it: when it dies, the next one is started,
+// without the extra environment.
+func (h *crashHost) start(env ...string) {
+	h.t.Helper()
+	h.launch(env)
+	h.keeper.Go(func() {
+		for {
+			h.mu.Lock()
+			cmd := h.cmd
+			h.mu.Unlock()
+			err := cmd.Wait()
+			select {
+			case <-h.done:
+				return
+			default:
+			}
+			if err == nil || err.Error() != "signal: killed" {
+				h.t.Errorf("the agent ended by itself: %v", err)
+				close(h.dead)
+				return
+			}
+			h.crashes.Add(1)
+			h.launch(nil)
+		}
+	})
+	h.awaitAgent()
+}
+
+func (h *crashHost) launch(env []string) {
+	cmd := exec.Command(os.Args[0], "serve", "--config", os.DevNull,
+		"--state-dir", h.state, "--socket", h.socket, "--default-driver", h.backend.name, "--min-free-memory-mib", "1")
+	cmd.Env = append(append(os.Environ(), agentEnv+"="+h.dir, "GORACE=atexit_sleep_ms=0"), env...)
+	log, err := os.OpenFile(filepath.Join(h.dir, "log"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		h.t.Error(err)
+		return
+	}
+	defer log.Close()
+	cmd.Stderr = log
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := cmd.Start(); err != nil {
+		h.t.Error(err)
+		return
+	}
+	h.cmd = cmd
+}
+
+// kill is kill -9.
+func (h *crashHost) kill() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	_ = h.cmd.Process.Kill()
+}
+
+func (h *crashHost) client() agentv1.SandboxServiceClient {
+	return agentv1.NewSandboxServiceClient(h.conn)
+}
+
+// awaitAgent returns once an agent answers.
+func (h *crashHost) awaitAgent() {
+	h.t.Helper()
+	h.eventually("the agent answers", func() error {
+		h.conn.ResetConnectBackoff()
+		_, err := agentv1.NewHostServiceClient(h.conn).GetStats(h.t.Context(), &agentv1.GetStatsRequest{})
+		return err
+	})
+}
+
+// eventually waits until holds returns nil.
+func (h *crashHost) eventually(what string, holds func() error) {
+	h.t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		err := holds()
+		if err == nil {
+			return
+		}
+		select {
+		case <-h.dead:
+			return // reported
+		case <-h.t.Context().Done():
+			return
+		default:
+		}
+		if time.Now().After(deadline) {
+			h.t.Errorf("never: %s: %v", what, err)
+			return
+		}
+	}
+}
+
+// driver opens the driver anew, as another process would.
+func (h *crashHost) driver() sandbox.Driver {
+	owner, err := os.ReadFile(filepath.Join(h.state, "owner"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return h.backend.driver(h, strings.TrimSpace(string(owner)))
+}
+
+// end stops the agent and checks that nothing is left once its sandboxes are
+// deleted.
+func (h *crashHost) end() {
+	close(h.done)
+	h.kill()
+	h.keeper.Wait()
+	_ = h.conn.Close()
+	if h.t.Failed() {
+		log, _ := os.ReadFile(filepath.Join(h.dir, "log"))
+		h.t.Logf("the agent said:\n%s", log)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	drv := h.driver()
+	names, err := drv.List(ctx)
+	for _, name := range names {
+		err = errors.Join(err, drv.Delete(ctx, sandbox.Ref{ID: name, Dir: filepath.Join(h.state, "sandboxes", name)}))
+	}
+	for left := h.backend.orphans(h, nil); left != nil; left = h.backend.orphans(h, nil) {
+		select {
+		case <-time.After(10 * time.Millisecond):
+			continue
+		case <-ctx.Done():
+			err = errors.Join(err, left)
+		}
+		break
+	}
+	if err = errors.Join(err, os.RemoveAll(h.dir)); err != nil {
+		h.t.Errorf("clean up: %v", err)
+	}
+}
+
+// onBackends runs a test on child processes and on real podman.
+func onBackends(t *testing.T, test func(*testing.T, backend)) {
+	t.Run("process", func(t *testing.T) { t.Parallel(); test(t, processBackend()) })
+}
+
+func processBackend() backend {
+	return backend{
+		name: process.Name, rounds: 6, killWithin: 150,
+		spec: func() *agentv1.SandboxSpec {
+			return &agentv1.SandboxSpec{
+				Driver: process.Name, Source: &agentv1.SandboxSpec_Image{Image: process.Image}, Command: []string{"sleep"},
+				Readiness: &agentv1.Readiness{Probe: &agentv1.Readiness_Exec{Exec: &agentv1.ExecProbe{
+					Command: []string{process.Program, "exit", "0"},
+				}}},
+			}
+		},
+		driver: func(h *crashHost, owner string) sandbox.Driver {
+			return process.New(process.Config{Root: filepath.Join(h.dir, "processes"), Owner: owner})
+		},
+		orphans: processOrphans,
+	}
+}
+
+// processOrphans finds living processes of sandboxes that there are not.
+func processOrphans(h *crashHost, names []string) error {
+	environs, err := filepath.Glob("/proc/[0-9]*/environ")
+	if err != nil {
+		return err
+	}
+	mark := "AGENT_PROCESS_ROOT=" + filepath.Join(h.dir, "processes")
+	for _, path := range environs {
+		environ, _ := os.ReadFile(path) // gone, or another user's
+		if !slices.Contains(strings.Split(string(environ), "\x00"), mark) {
+			continue
+		}
+		cmdline, _ := os.ReadFile(filepath.Join(filepath.Dir(path), "cmdline"))
+		text := strings.ReplaceAll(string(cmdline), "\x00", " ")
+		owned := slices.ContainsFunc(names, func(name string) bool { return strings.Contains(text, name) })
+		if len(names) == 0 && text != "" || len(names) > 0 && strings.Contains(text, "shim") && !owned {
+			return fmt.Errorf("an orphan process: %s", text)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,29 @@
+package main
+
+import (
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/choiros/agent/internal/container"
+	"github.com/choiros/agent/internal/sandbox"
+)
+
+// drivers are those of the product; owner tells this agent's sandboxes from
+// those of others.
+func drivers(cfg Config, owner string, _ *slog.Logger) (map[string]sandbox.Driver, error) {
+	podman, err := container.New(container.Config{
+		Socket: cfg.Podman.Socket, RuntimeDir: os.Getenv("XDG_RUNTIME_DIR"), Owner: owner,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return map[string]sandbox.Driver{"podman": podman}, nil
+}
+
+// names lists drivers for people.
+func names(drivers map[string]sandbox.Driver) string {
+	return strings.Join(slices.Sorted(maps.Keys(drivers)), ", ")
+}

@@ -1,0 +1,6 @@
+// Command agent keeps the sandboxes of one host and serves their API.
+package main
+
+import "os"
+
+func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
