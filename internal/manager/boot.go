@@ -147,8 +147,7 @@ func (m *Manager) becomeReady(e *entry, obs sandbox.Observation) func(*Sandbox) 
 	e.touch(now)
 	return func(s *Sandbox) {
 		enter(PhaseReady, "", "")(s)
-		observed(s, obs)
-		s.ReadyAt, s.Exit = now, nil
+		s.StartedAt, s.ReadyAt, s.Exit = obs.StartedAt, now, nil
 		s.RestartCount = e.retries
 	}
 }
@@ -205,6 +204,9 @@ func (m *Manager) launch(ctx context.Context, drv sandbox.Driver, e *entry, obs 
 		return obs, deadlined(started, err)
 	}
 	m.step("boot:launched")
+	if seen, err := m.inspect(ctx, drv, e); err == nil && !seen.StartedAt.IsZero() {
+		return seen, nil // for when it started; that it ended, the guard tells
+	}
 	return sandbox.Observation{State: sandbox.StateRunning, StartedAt: time.Now()}, nil
 }
 

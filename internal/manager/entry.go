@@ -39,6 +39,7 @@ type entry struct {
 	mu     sync.Mutex
 	flight *flight            // the boot under way
 	alarm  context.CancelFunc // ends the timer that is set, if any
+	ending *ending            // the driver's Stop under way, if any
 }
 
 // newEntry returns an entry whose operation lock is held.

@@ -148,6 +148,7 @@ func (m *Manager) Drain(ctx context.Context, stop bool, grace time.Duration) (in
 		var stops sync.WaitGroup
 		for i, e := range running {
 			e.interrupt(errStopping)
+			e.hasten(grace)
 			stops.Go(func() {
 				if errs[i] = e.lock(ctx); errs[i] == nil {
 					defer e.unlock()

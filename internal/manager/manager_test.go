@@ -782,3 +782,52 @@ func TestActivityInTheLastMomentKeepsASandbox(t *testing.T) {
 	}
 	callers.Wait()
 }
+
+func TestStopsOvertakeLongerOnes(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	for _, c := range []struct {
+		name     string
+		overtake func() error
+	}{
+		{"by-stop", func() error { _, err := h.m.Stop(t.Context(), "by-stop", 0); return err }},
+		{"by-delete", func() error { return h.m.Delete(t.Context(), "by-delete", 10*time.Millisecond, false, Request{}) }},
+		{"by-restart", func() error { _, err := h.m.Restart(t.Context(), "by-restart", 0, Request{}); return err }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h.create(c.name, process.Spec("ignore-term"))
+			h.awaitOutput(c.name) // by then it ignores
+			first := make(chan error, 1)
+			go func() { _, err := h.m.Stop(t.Context(), c.name, 5*time.Minute); first <- err }()
+			h.await(c.name, "stopping", inPhase(PhaseStopping))
+			for e := h.entry(c.name); ; time.Sleep(time.Millisecond) {
+				e.mu.Lock()
+				underWay := e.ending != nil
+				e.mu.Unlock()
+				if underWay {
+					break
+				}
+			}
+			began := time.Now()
+			if err := c.overtake(); err != nil {
+				t.Error(err)
+			}
+			if err := <-first; err != nil {
+				t.Errorf("who was overtaken: %v", err)
+			}
+			if took := time.Since(began); took > time.Minute {
+				t.Errorf("it took %s", took)
+			}
+		})
+	}
+}
+
+// awaitOutput waits until a workload has printed something.
+func (h *host) awaitOutput(name string) {
+	h.t.Helper()
+	enough := errors.New("enough")
+	err := h.m.Logs(h.t.Context(), name, sandbox.LogOptions{Follow: true, Tail: -1, Stdout: true}, func(sandbox.LogEntry) error { return enough })
+	if !errors.Is(err, enough) {
+		h.t.Fatalf("logs of %s: %v", name, err)
+	}
+}

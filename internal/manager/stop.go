@@ -31,6 +31,7 @@ func (m *Manager) Stop(ctx context.Context, name string, grace time.Duration) (*
 		return nil, err
 	}
 	e.interrupt(errStopping)
+	e.hasten(grace)
 	err = m.detach(ctx, func(ctx context.Context) error {
 		if err := e.lock(ctx); err != nil {
 			return err
@@ -77,10 +78,8 @@ func (m *Manager) stop(ctx context.Context, e *entry, grace time.Duration, reaso
 // the driver fails it is tried again in the background.
 func (m *Manager) halt(ctx context.Context, drv sandbox.Driver, e *entry) error {
 	e.unguard()
-	bounded, cancel := context.WithTimeout(ctx, e.rec.Grace+stopDeadline)
-	defer cancel()
 	m.step("stop:signal")
-	err := deadlined(bounded, drv.Stop(bounded, m.ref(e.name), e.rec.Grace))
+	err := m.terminate(ctx, drv, e)
 	if err == nil {
 		var obs sandbox.Observation
 		if obs, err = m.inspect(ctx, drv, e); err == nil {
@@ -94,6 +93,47 @@ func (m *Manager) halt(ctx context.Context, drv sandbox.Driver, e *entry) error 
 		m.retryLater(e)
 	}
 	return err
+}
+
+// ending is a driver's Stop that may be told to hurry.
+type ending struct {
+	kill   time.Time // when the workload is killed
+	hurry  *time.Duration
+	cancel context.CancelFunc
+}
+
+// terminate is the driver's Stop, by the grace in the record or by a shorter
+// one that somebody asks for meanwhile.
+func (m *Manager) terminate(ctx context.Context, drv sandbox.Driver, e *entry) error {
+	for grace := e.rec.Grace; ; {
+		bounded, cancel := context.WithTimeout(ctx, grace+stopDeadline)
+		now := &ending{kill: time.Now().Add(grace), cancel: cancel}
+		e.setEnding(now)
+		err := deadlined(bounded, drv.Stop(bounded, m.ref(e.name), grace))
+		cancel()
+		e.setEnding(nil)
+		if err == nil || now.hurry == nil {
+			return err
+		}
+		grace = *now.hurry
+	}
+}
+
+func (e *entry) setEnding(now *ending) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.ending = now
+}
+
+// hasten makes a stop that is under way, and would take longer, take no longer
+// than this grace.
+func (e *entry) hasten(grace time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.ending != nil && time.Now().Add(grace).Before(e.ending.kill) {
+		e.ending.hurry, e.ending.kill = &grace, time.Now().Add(grace)
+		e.ending.cancel()
+	}
 }
 
 // stopped notes that a stop is complete.
@@ -128,6 +168,7 @@ func (m *Manager) Restart(ctx context.Context, name string, grace time.Duration,
 	}
 	for {
 		e.interrupt(errRestarting)
+		e.hasten(grace)
 		f, began := m.fly(e, func(ctx context.Context) error { return m.restart(ctx, e, grace, req) })
 		select {
 		case <-f.done:
@@ -181,6 +222,7 @@ func (m *Manager) Delete(ctx context.Context, name string, grace time.Duration, 
 	e, err := m.find(name)
 	if err == nil {
 		e.interrupt(errStopping)
+		e.hasten(grace)
 		err = m.detach(ctx, func(ctx context.Context) error {
 			if err := e.lock(ctx); err != nil {
 				return err
@@ -223,14 +265,14 @@ func (m *Manager) finishDelete(ctx context.Context, e *entry) error {
 		return err
 	}
 	e.unguard()
-	ctx, cancel := context.WithTimeout(ctx, e.rec.Grace+deleteDeadline)
-	defer cancel()
 	if e.rec.Grace > 0 {
 		m.step("delete:stop")
-		if err := drv.Stop(ctx, m.ref(e.name), e.rec.Grace); err != nil {
-			return deadlined(ctx, err)
+		if err := m.terminate(ctx, drv, e); err != nil {
+			return err
 		}
 	}
+	ctx, cancel := context.WithTimeout(ctx, deleteDeadline)
+	defer cancel()
 	m.step("delete:artefacts")
 	if err := drv.Delete(ctx, m.ref(e.name)); err != nil {
 		return deadlined(ctx, err)

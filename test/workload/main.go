@@ -104,6 +104,7 @@ func commands() []command {
 		{"listen HOST:PORT", "accept and echo TCP connections", 1, 1, listen},
 		{"connect HOST:PORT", "end with 0 if a TCP connection succeeds, else 1", 1, 1, connect},
 		{"guest-echo DIR PORT", "accept and echo connections to the socket DIR/PORT.sock", 2, 2, guestEcho},
+		{"guest-wedge DIR PORT", "listen on the socket DIR/PORT.sock and never accept", 2, 2, guestWedge},
 		{"memory MIB", "allocate and touch MIB mebibytes, then sleep", 1, 1, memory},
 		{"spin", "keep every CPU busy", 0, 0, spin},
 		{"fork N", "start N children that sleep, print their pids, then sleep", 1, 1, fork},

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 )
 
@@ -30,21 +31,52 @@ func connect(ctx context.Context, _ streams, args []string) error {
 }
 
 func guestEcho(ctx context.Context, s streams, args []string) error {
-	path := filepath.Join(args[0], args[1]+".sock")
+	l, err := guestListen(ctx, args[0], args[1])
+	if err != nil {
+		return err
+	}
+	return echo(ctx, s, l)
+}
+
+// guestWedge listens and never accepts: the first connection waits for ever,
+// the next ones cannot even begin.
+func guestWedge(ctx context.Context, s streams, args []string) error {
+	l, err := guestListen(ctx, args[0], args[1])
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	raw, err := l.(*net.UnixListener).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var shrunk error
+	// A second listen(2) changes the backlog.
+	if err := raw.Control(func(fd uintptr) { shrunk = syscall.Listen(int(fd), 0) }); err != nil || shrunk != nil {
+		return errors.Join(err, shrunk)
+	}
+	fmt.Fprintln(s.stdout, "listening on", l.Addr())
+	<-ctx.Done()
+	return nil
+}
+
+// guestListen listens where the guest channel is looked for.
+func guestListen(ctx context.Context, dir, port string) (net.Listener, error) {
+	path := filepath.Join(dir, port+".sock")
 	// Left by an earlier life, which was killed.
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+		return nil, err
 	}
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "unix", path)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	// Whoever dials is another user on the host than this one is.
 	if err := os.Chmod(path, 0o666); err != nil {
-		return errors.Join(err, l.Close())
+		return nil, errors.Join(err, l.Close())
 	}
-	return echo(ctx, s, l)
+	return l, nil
 }
 
 // echo sends back what comes in on each connection to l, and with the end of
