@@ -9,7 +9,7 @@ TAGS    := remote containers_image_openpgp exclude_graphdriver_btrfs
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GO      := go
 GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -tags "$(TAGS)"
-LDFLAGS := -s -w -X main.version=$(VERSION)
+LDFLAGS := -s -w -X github.com/choiros/agent/internal/version.stamped=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 ENV     := $(CURDIR)/test/env/podman-env
 IMAGES  := $(CURDIR)/.cache/images

@@ -18,10 +18,10 @@ func TestEverySettingHasAFlagAndIsDocumented(t *testing.T) {
 	var paths []string
 	var walk func(prefix string, typ reflect.Type)
 	walk = func(prefix string, typ reflect.Type) {
-		for i := range typ.NumField() {
-			name := prefix + typ.Field(i).Tag.Get("toml")
-			if field := typ.Field(i).Type; field.Kind() == reflect.Struct {
-				walk(name+".", field)
+		for field := range typ.Fields() {
+			name := prefix + field.Tag.Get("toml")
+			if field.Type.Kind() == reflect.Struct {
+				walk(name+".", field.Type)
 			} else {
 				paths = append(paths, name)
 			}

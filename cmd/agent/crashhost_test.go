@@ -18,8 +18,10 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
+	"github.com/choiros/agent/internal/container"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/sandbox/drivertest/process"
+	"github.com/choiros/agent/test/image"
 )
 
 // backend is a driver that crashes are tried on.
@@ -209,6 +211,7 @@ func (h *crashHost) end() {
 // onBackends runs a test on child processes and on real podman.
 func onBackends(t *testing.T, test func(*testing.T, backend)) {
 	t.Run("process", func(t *testing.T) { t.Parallel(); test(t, processBackend()) })
+	t.Run("podman", func(t *testing.T) { t.Parallel(); test(t, podmanBackend(t)) })
 }
 
 func processBackend() backend {
@@ -249,4 +252,71 @@ func processOrphans(h *crashHost, names []string) error {
 		}
 	}
 	return nil
+}
+
+// podmanBackend is the user's own Podman, with the test image loaded. Without
+// one the test is skipped, or fails if AGENT_REQUIRE has podman in it.
+func podmanBackend(t *testing.T) backend {
+	t.Helper()
+	loader := openPodman(t, "00000000")
+	if _, err := loader.Probe(t.Context()); err != nil {
+		cure := "test/env/podman-env up, then go test -exec \"$PWD/test/env/podman-env exec\""
+		if slices.Contains(strings.Split(os.Getenv("AGENT_REQUIRE"), ","), "podman") {
+			t.Fatalf("no podman: %v; try: %s", err, cure)
+		}
+		t.Skipf("no podman: %v; try: %s", err, cure)
+	}
+	archive, err := os.Open(filepath.Join(image.Dir(t), image.RootOCI))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer archive.Close()
+	if _, err := loader.LoadImage(t.Context(), archive); err != nil {
+		t.Fatal(err)
+	}
+	return backend{
+		name: "podman", rounds: 2, killWithin: 1500,
+		spec: func() *agentv1.SandboxSpec {
+			return &agentv1.SandboxSpec{
+				Driver: "podman", Source: &agentv1.SandboxSpec_Image{Image: image.RootName}, Command: []string{"sleep"},
+				Readiness: &agentv1.Readiness{Probe: &agentv1.Readiness_Exec{Exec: &agentv1.ExecProbe{
+					Command: []string{"/workload", "exit", "0"},
+				}}},
+			}
+		},
+		driver:  func(h *crashHost, owner string) sandbox.Driver { return openPodman(h.t, owner) },
+		orphans: podmanOrphans,
+	}
+}
+
+func openPodman(t *testing.T, owner string) *container.Driver {
+	t.Helper()
+	drv, err := container.New(container.Config{RuntimeDir: os.Getenv("XDG_RUNTIME_DIR"), Owner: owner})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return drv
+}
+
+// podmanOrphans finds monitors of containers that there are not.
+func podmanOrphans(h *crashHost, names []string) error {
+	owner, err := os.ReadFile(filepath.Join(h.state, "owner"))
+	if err != nil {
+		return err
+	}
+	prefix := "choiros-" + strings.TrimSpace(string(owner)) + "-"
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, path := range lines {
+		line, _ := os.ReadFile(path)
+		for argument := range strings.SplitSeq(string(line), "\x00") {
+			name, ours := strings.CutPrefix(argument, prefix)
+			if strings.Contains(string(line), "\x00--exec-process-spec\x00") {
+				continue // podman keeps it five minutes by itself, see exit_command_delay in containers.conf(5)
+			}
+			if ours && !slices.Contains(names, name) {
+				return fmt.Errorf("an orphan process: %s", strings.ReplaceAll(string(line[:min(len(line), 200)]), "\x00", " "))
+			}
+		}
+	}
+	return err
 }

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
-	"runtime/debug"
 	"strings"
 
 	"github.com/BurntSushi/toml"
@@ -15,6 +14,7 @@ import (
 	"github.com/choiros/agent/internal/manager"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/server"
+	"github.com/choiros/agent/internal/version"
 )
 
 // The exit statuses.
@@ -50,7 +50,7 @@ func (p program) run(args []string, _ io.Reader, stdout, stderr io.Writer) int {
 		err = p.checkConfig(args, stdout)
 	case "version":
 		if err = noArguments(args); err == nil {
-			fmt.Fprintf(stdout, "agent %s %s/%s\n", version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Fprintf(stdout, "agent %s %s/%s\n", version.String(), runtime.GOOS, runtime.GOARCH)
 		}
 	case "help":
 		err = errHelp
@@ -153,7 +153,7 @@ func readFiles(cfg Config, log *slog.Logger) (files, error) {
 
 // each gives every one of joined errors the same prefix.
 func each(prefix string, err error) error {
-	joined, ok := err.(interface{ Unwrap() []error }) //nolint:errorlint // what was joined is not wrapped further
+	joined, ok := err.(interface{ Unwrap() []error })
 	if !ok {
 		return fmt.Errorf("%s: %w", prefix, err)
 	}
@@ -172,28 +172,4 @@ func newLog(cfg Config, w io.Writer) *slog.Logger {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
-}
-
-// version is that of the module, or of the commit, that this was built from.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	if info.Main.Version != "" && info.Main.Version != "(devel)" {
-		return info.Main.Version
-	}
-	revision, dirty := "", ""
-	for _, setting := range info.Settings {
-		switch {
-		case setting.Key == "vcs.revision":
-			revision = setting.Value[:min(12, len(setting.Value))]
-		case setting.Key == "vcs.modified" && setting.Value == "true":
-			dirty = "-dirty"
-		}
-	}
-	if revision == "" {
-		return "devel"
-	}
-	return "devel-" + revision + dirty
 }

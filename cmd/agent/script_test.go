@@ -25,8 +25,7 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Setup: func(env *testscript.Env) error {
-			// Short, for sockets in it.
-			short, err := os.MkdirTemp("", "as")
+			short, err := os.MkdirTemp("", "as") //nolint:usetesting // t.TempDir is too long for sockets
 			if err != nil {
 				return err
 			}

@@ -21,6 +21,7 @@ import (
 	"github.com/choiros/agent/internal/server"
 	"github.com/choiros/agent/internal/store"
 	"github.com/choiros/agent/internal/telemetry"
+	"github.com/choiros/agent/internal/version"
 )
 
 // restTimeout is how long what is not a request may take to end.
@@ -45,7 +46,7 @@ func (p program) serve(args []string, stderr io.Writer) (err error) {
 		return err
 	}
 	log := newLog(cfg, stderr)
-	log.Info("agent starts", "version", version(), "config", file, "state_dir", cfg.StateDir, "pid", os.Getpid())
+	log.Info("agent starts", "version", version.String(), "config", file, "state_dir", cfg.StateDir, "pid", os.Getpid())
 
 	a, err := p.open(cfg, log)
 	if err != nil {
@@ -135,7 +136,7 @@ func (p program) open(cfg Config, log *slog.Logger) (_ *agent, err error) {
 		return nil, err
 	}
 	a.server = server.New(server.Config{
-		Manager: a.manager, Log: log, Version: version(), Access: f.access, TLS: f.tls,
+		Manager: a.manager, Log: log, Version: version.String(), Access: f.access, TLS: f.tls,
 		MaxArchiveBytes: cfg.MaxArchiveMiB << 20, Stats: requests,
 	})
 	return a, nil
@@ -162,7 +163,7 @@ func checkDrivers(cfg Config, drivers map[string]sandbox.Driver, classes map[str
 func (a *agent) observe(cfg Config) ([]stats.Handler, error) {
 	var handlers []stats.Handler
 	if cfg.Metrics.Listen != "" {
-		metrics := telemetry.NewMetrics(version(), a.sample)
+		metrics := telemetry.NewMetrics(version.String(), a.sample)
 		handlers = append(handlers, metrics.Requests())
 		mux := http.NewServeMux()
 		mux.Handle("GET /metrics", metrics.Handler())
@@ -173,7 +174,7 @@ func (a *agent) observe(cfg Config) ([]stats.Handler, error) {
 	}
 	if cfg.Traces.OTLPEndpoint != "" {
 		var err error
-		if a.traces, err = telemetry.NewTraces(context.Background(), cfg.Traces.OTLPEndpoint, version()); err != nil {
+		if a.traces, err = telemetry.NewTraces(context.Background(), cfg.Traces.OTLPEndpoint, version.String()); err != nil {
 			return nil, err
 		}
 		handlers = append(handlers, a.traces.Requests())

@@ -26,6 +26,7 @@ import (
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
 	"github.com/choiros/agent/internal/location"
 	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/version"
 )
 
 const (
@@ -168,7 +169,7 @@ func dial(addr address, files tlsFiles, notef func(string, ...any)) (*client, er
 	conn, err := grpc.NewClient("passthrough:///agent",
 		grpc.WithTransportCredentials(creds),
 		grpc.WithAuthority(authority),
-		grpc.WithUserAgent("agentctl/"+version()),
+		grpc.WithUserAgent("agentctl/"+version.String()),
 		grpc.WithContextDialer(l.dial),
 		grpc.WithUnaryInterceptor(l.unary),
 		grpc.WithStatsHandler(l),

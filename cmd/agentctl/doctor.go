@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
+	"github.com/choiros/agent/internal/version"
 )
 
 // verdict is how a check turned out.
@@ -147,7 +148,7 @@ func (a *app) examineAgent(ctx context.Context, c *client) []finding {
 		return []finding{{"agent", failed, agentProblem(c, err), hintOf(err, a.getenv)}}
 	}
 	findings := []finding{{"agent", fine, fmt.Sprintf("%s answers at %s", info.GetAgentVersion(), c.address), ""}}
-	if mine := version(); mine != info.GetAgentVersion() {
+	if mine := version.String(); mine != info.GetAgentVersion() {
 		findings = append(findings, finding{
 			"versions", warn,
 			fmt.Sprintf("agentctl is %s and the agent is %s", mine, info.GetAgentVersion()),

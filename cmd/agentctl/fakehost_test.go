@@ -14,6 +14,7 @@ import (
 
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
 	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/version"
 )
 
 // LoadImage takes any tar whose length is as announced for an archive of one
@@ -109,7 +110,7 @@ func (f *fakeAgent) GetInfo(context.Context, *agentv1.GetInfoRequest) (*agentv1.
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return &agentv1.GetInfoResponse{
-		AgentVersion: version(), Hostname: "testhost", Os: "linux", Arch: "amd64", Cpus: 4, MemoryMib: 16 << 10,
+		AgentVersion: version.String(), Hostname: "testhost", Os: "linux", Arch: "amd64", Cpus: 4, MemoryMib: 16 << 10,
 		Drivers: []*agentv1.DriverInfo{
 			{Name: "fake", Available: true, Version: "1.0", Abilities: []string{"logs", "images"}, LimitsMemory: true},
 			{Name: "broken", Reason: "its socket is missing", Cure: "systemctl --user enable --now broken.socket"},

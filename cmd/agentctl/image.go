@@ -274,7 +274,8 @@ func (a *app) showImages(images []*agentv1.Image) error {
 				continue
 			}
 			created := ""
-			if image.GetCreateTime() != nil {
+			// Images that build the same anywhere say that they are of 1970.
+			if image.GetCreateTime().GetSeconds() > 0 {
 				created = age(now.Sub(image.GetCreateTime().AsTime()))
 			}
 			t.add(plain(name), plain(shortID(image.GetId())), plain(size(image.GetSizeBytes())), plain(created))

@@ -62,7 +62,7 @@ func statusLines(p *page, sb *agentv1.Sandbox, now time.Time) {
 	p.add("Generation", fmt.Sprint(status.GetGeneration()))
 	p.add("Started", moment(status.GetStartTime(), now))
 	if ready, started := status.GetReadyTime(), status.GetStartTime(); ready != nil && started != nil {
-		p.add("Ready", "after "+duration(ready.AsTime().Sub(started.AsTime())))
+		p.add("Ready", "after "+duration(max(0, ready.AsTime().Sub(started.AsTime()))))
 	}
 	p.add("Last used", moment(status.GetLastActivityTime(), now))
 	if n := status.GetRestartCount(); n > 0 {

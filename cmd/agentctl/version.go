@@ -3,38 +3,13 @@ package main
 import (
 	"fmt"
 	"runtime"
-	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
+	"github.com/choiros/agent/internal/version"
 )
-
-// version is that of the module, or of the commit, that this was built from;
-// the agent tells its own in the same way, so that the two can be compared.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	if info.Main.Version != "" && info.Main.Version != "(devel)" {
-		return info.Main.Version
-	}
-	revision, dirty := "", ""
-	for _, setting := range info.Settings {
-		switch {
-		case setting.Key == "vcs.revision":
-			revision = setting.Value[:min(12, len(setting.Value))]
-		case setting.Key == "vcs.modified" && setting.Value == "true":
-			dirty = "-dirty"
-		}
-	}
-	if revision == "" {
-		return "devel"
-	}
-	return "devel-" + revision + dirty
-}
 
 // build is what `version` prints of a program.
 type build struct {
@@ -54,7 +29,7 @@ func (a *app) versionCommand() *cobra.Command {
 		Example: "  agentctl version\n  agentctl version -q   # agentctl's alone",
 		Args:    exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			mine := build{Version: version(), Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH}
+			mine := build{Version: version.String(), Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH}
 			if a.quiet {
 				_, err := fmt.Fprintln(a.stdout, mine.Version)
 				return err

@@ -61,12 +61,17 @@ func verifyArchive(r io.Reader) error {
 		return err
 	}
 	contents := archiveContents{files: map[string]archiveFile{}, links: map[string]string{}}
+	end := new(tailWriter)
+	tarball = io.TeeReader(tarball, end)
 	if err := contents.read(tarball); err != nil {
 		return err
 	}
 	// What is behind the end of a tar archive is padding.
 	if _, err := io.Copy(io.Discard, tarball); err != nil {
 		return readProblem(err)
+	}
+	if !end.isWhole() {
+		return corruptf("is cut short")
 	}
 	_, docker := contents.files["manifest.json"]
 	_, oci := contents.files["index.json"]
@@ -82,6 +87,29 @@ func verifyArchive(r io.Reader) error {
 		return contents.checkDocker()
 	}
 	return nil
+}
+
+// tailWriter keeps the last block of a tar archive. Package tar takes the lack
+// of an end for one where it falls between two files.
+type tailWriter struct {
+	last [512]byte
+	n    int64
+}
+
+func (w *tailWriter) Write(p []byte) (int, error) {
+	w.n += int64(len(p))
+	if len(p) >= len(w.last) {
+		copy(w.last[:], p[len(p)-len(w.last):])
+	} else {
+		copy(w.last[:], w.last[len(p):])
+		copy(w.last[len(w.last)-len(p):], p)
+	}
+	return len(p), nil
+}
+
+// isWhole reports whether it ends as tar archives do: with a block of zeros.
+func (w *tailWriter) isWhole() bool {
+	return w.n > 0 && w.n%int64(len(w.last)) == 0 && w.last == [512]byte{}
 }
 
 // plainTar undoes the compression of a whole archive.
@@ -116,8 +144,7 @@ func (e sourceError) Unwrap() error { return e.error }
 
 // readProblem says what an error means that came up while reading.
 func readProblem(err error) error {
-	var source sourceError
-	if errors.As(err, &source) {
+	if source, ok := errors.AsType[sourceError](err); ok {
 		return source
 	}
 	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
@@ -168,7 +195,7 @@ func (c *archiveContents) readFile(name string, r io.Reader, size int64) (archiv
 	magic, _ := head.Peek(2) // an error shows again below
 	file := archiveFile{size: size}
 	digest := sha256.New()
-	var content io.Reader = io.TeeReader(head, digest)
+	content := io.TeeReader(head, digest)
 	document := len(magic) > 0 && (magic[0] == '{' || magic[0] == '[') && size <= maxDocument
 	switch {
 	case document:
@@ -220,6 +247,9 @@ type descriptor struct {
 
 // checkOCI sees that every manifest in an OCI layout has its parts.
 func (c *archiveContents) checkOCI() error {
+	if _, ok := c.files["oci-layout"]; !ok {
+		return corruptf("lacks the file oci-layout")
+	}
 	found, err := c.checkIndex(c.files["index.json"].document, 0)
 	if err == nil && found == 0 {
 		err = corruptf("has no manifest of those that its index.json names")

@@ -93,7 +93,7 @@ func (d *Driver) dialService(ctx context.Context) (*connection, error) {
 // findSocket returns the first socket that accepts a connection. If none
 // does, the error is about the one that is most likely meant.
 func (d *Driver) findSocket(ctx context.Context) (string, error) {
-	candidates := socketCandidates(d.cfg)
+	candidates := socketCandidates(d.cfg, d.uid)
 	if len(candidates) == 0 {
 		return "", &sandbox.UnavailableError{
 			Err:  errors.New("no podman socket is configured"),
@@ -102,7 +102,7 @@ func (d *Driver) findSocket(ctx context.Context) (string, error) {
 	}
 	var first error
 	for _, socket := range candidates {
-		err := trySocket(ctx, socket)
+		err := trySocket(ctx, socket, d.uid)
 		if err == nil {
 			return socket, nil
 		}
@@ -115,7 +115,7 @@ func (d *Driver) findSocket(ctx context.Context) (string, error) {
 }
 
 // socketCandidates are the places where the socket is looked for.
-func socketCandidates(cfg Config) []string {
+func socketCandidates(cfg Config, uid int) []string {
 	if cfg.Socket != "" {
 		return []string{strings.TrimPrefix(cfg.Socket, "unix://")}
 	}
@@ -124,7 +124,7 @@ func socketCandidates(cfg Config) []string {
 		found = append(found, filepath.Join(cfg.RuntimeDir, "podman", "podman.sock"))
 	}
 	if runtime.GOOS == "linux" {
-		usual := filepath.Join("/run/user", strconv.Itoa(os.Getuid()), "podman", "podman.sock")
+		usual := filepath.Join("/run/user", strconv.Itoa(uid), "podman", "podman.sock")
 		if len(found) == 0 || found[0] != usual {
 			found = append(found, usual)
 		}
@@ -133,8 +133,8 @@ func socketCandidates(cfg Config) []string {
 }
 
 // trySocket sees that somebody listens at a socket and that it is this user's.
-func trySocket(ctx context.Context, socket string) error {
-	if err := checkSocketOwner(socket); err != nil {
+func trySocket(ctx context.Context, socket string, uid int) error {
+	if err := checkSocketOwner(socket, uid); err != nil {
 		return err
 	}
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)

@@ -39,6 +39,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"regexp"
 	"strings"
 	"sync"
@@ -72,6 +73,7 @@ type Config struct {
 // Resizer and ImageStore. The zero Driver is of no use: see New.
 type Driver struct {
 	cfg      Config
+	uid      int                        // this user's
 	conn     atomic.Pointer[connection] // the last that worked, or nil
 	host     atomic.Pointer[hostFacts]  // what Podman last told of the host, or nil
 	accounts accountCache
@@ -89,7 +91,7 @@ func New(cfg Config) (*Driver, error) {
 	if !ownerPattern.MatchString(cfg.Owner) {
 		return nil, fmt.Errorf("owner %q is not eight hexadecimal digits", cfg.Owner)
 	}
-	d := &Driver{cfg: cfg}
+	d := &Driver{cfg: cfg, uid: os.Getuid()}
 	d.ends.init(d)
 	return d, nil
 }

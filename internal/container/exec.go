@@ -2,7 +2,6 @@ package container
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -49,10 +48,33 @@ func (d *Driver) probeExec(ctx context.Context, ref sandbox.Ref, command []strin
 	if err != nil {
 		return 0, err
 	}
-	err = d.call(ctx, execLimit, func(ctx context.Context) error { return startExec(ctx, session) })
-	broken := err != nil
-	// In the background, for it is of no interest to who asks.
-	defer d.background.Go(func() { d.dropExec(context.WithoutCancel(ctx), session, broken) })
+	// The command is not left to Podman when ctx ends, for it would run on. It
+	// is watched to its end, and then all that it leaves is removed.
+	result := make(chan execResult, 1)
+	d.background.Go(func() {
+		detached, over := context.WithoutCancel(ctx), make(chan struct{})
+		d.background.Go(func() { d.breakOff(ctx, session, over) })
+		code, err := d.runExec(detached, session)
+		close(over)
+		result <- execResult{code, err}
+		d.dropExec(detached, session)
+	})
+	select {
+	case r := <-result:
+		return r.code, r.err
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+}
+
+type execResult struct {
+	code int
+	err  error
+}
+
+// runExec runs a session's command and returns its exit status.
+func (d *Driver) runExec(ctx context.Context, session string) (int, error) {
+	err := d.call(ctx, execLimit, func(ctx context.Context) error { return startExec(ctx, session) })
 	switch {
 	case caused(err, define.ErrOCIRuntimeNotFound):
 		return 127, nil
@@ -96,31 +118,38 @@ func startExec(ctx context.Context, session string) error {
 	return err
 }
 
-// dropExec removes a session, and what would stay behind of it: Podman has its
-// monitors sleep for five minutes after each, for somebody to come and ask
-// (exit_command_delay of containers.conf). At five probes a second that is a
-// crowd. A session that was broken off may still be starting, or running its
-// command.
-func (d *Driver) dropExec(ctx context.Context, session string, broken bool) {
-	for tries := 0; ; tries++ {
-		if broken {
-			// Podman would give the command ten seconds to end by itself.
-			killChildren(monitorsOf(session))
-		}
-		err := d.call(ctx, readLimit, func(ctx context.Context) error {
-			return containers.ExecRemove(ctx, session, new(containers.ExecRemoveOptions).WithForce(true))
-		})
-		if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
-			return // it goes with its sandbox
-		}
-		monitors := monitorsOf(session)
-		kill(monitors)
-		// Podman may only just have begun to start it.
-		if !broken || len(monitors) == 0 && tries > 3 || tries == maxTries {
+// breakOff kills a session's command if ctx ends before it.
+func (d *Driver) breakOff(ctx context.Context, session string, over <-chan struct{}) {
+	select {
+	case <-over:
+		return
+	case <-ctx.Done():
+	}
+	// Podman may only just be starting it.
+	for range maxTries {
+		killChildren(monitorsOf(session))
+		select {
+		case <-over:
 			return
-		}
-		if pause(ctx, tryPause) != nil {
-			return
+		case <-time.After(tryPause):
 		}
 	}
+	// Another user's, or in a virtual machine. Podman can, after ten seconds.
+	_ = d.removeExec(context.WithoutCancel(ctx), session)
+}
+
+// dropExec removes a session that is over, and what would stay behind of it:
+// Podman has its monitors sleep for five minutes after each, for somebody to
+// come and ask (exit_command_delay of containers.conf). At five probes a second
+// that is a crowd.
+func (d *Driver) dropExec(ctx context.Context, session string) {
+	// If it cannot be removed it goes with its sandbox.
+	_ = d.removeExec(ctx, session)
+	kill(monitorsOf(session))
+}
+
+func (d *Driver) removeExec(ctx context.Context, session string) error {
+	return d.call(ctx, readLimit, func(ctx context.Context) error {
+		return containers.ExecRemove(ctx, session, new(containers.ExecRemoveOptions).WithForce(true))
+	})
 }

@@ -247,14 +247,53 @@ func (d *Driver) Delete(ctx context.Context, ref sandbox.Ref) error {
 }
 
 // remove removes a container, or what is left of one, whatever its state.
+//
+// It stops it first, and then asks for one that does not run to be removed. If
+// Podman is asked for both at once (force) it lets go of the container's lock
+// in between, and removes one that was started there again from under its
+// processes, which then nobody finds any more.
 func (d *Driver) remove(ctx context.Context, containerID string) error {
-	options := new(containers.RemoveOptions).WithForce(true).WithIgnore(true).WithTimeout(0).WithVolumes(true)
 	err := d.settle(ctx, removeLimit, func(ctx context.Context) error {
-		_, err := containers.Remove(ctx, containerID, options)
-		return err
+		for tries := 1; ; tries++ {
+			if err := kill9(ctx, containerID); err != nil && tries == maxTries {
+				return err
+			}
+			options := new(containers.RemoveOptions).WithIgnore(true).WithVolumes(true)
+			if tries == maxTries {
+				// It is in none of the states that it could be in.
+				options = options.WithForce(true).WithTimeout(0)
+			}
+			_, err := containers.Remove(ctx, containerID, options)
+			if err == nil || !isAnswer(err) || isNotFound(translate(err)) || tries == maxTries {
+				return err
+			}
+			if err := pause(ctx, tryPause); err != nil {
+				return err
+			}
+		}
 	})
 	if isNotFound(err) {
 		return nil
 	}
 	return err
+}
+
+// kill9 stops a container at once, if it runs.
+func kill9(ctx context.Context, containerID string) error {
+	data, err := containers.Inspect(ctx, containerID, nil)
+	if err != nil {
+		if isNotFound(translate(err)) {
+			return nil // or there is only its storage
+		}
+		return err
+	}
+	switch {
+	case data.State == nil || observation(data.State).State != sandbox.StateRunning:
+		return nil
+	case data.State.Paused:
+		if err := containers.Unpause(ctx, containerID, nil); err != nil {
+			return err
+		}
+	}
+	return containers.Stop(ctx, containerID, new(containers.StopOptions).WithTimeout(0).WithIgnore(true))
 }

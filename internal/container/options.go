@@ -143,8 +143,7 @@ func refusedCapabilities() map[string]string {
 
 // jsonProblem is a decoding error for people.
 func jsonProblem(err error) string {
-	var wrong *json.UnmarshalTypeError
-	if errors.As(err, &wrong) {
+	if wrong, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
 		return fmt.Sprintf("is a %s, and has to be a %s", wrong.Value, wrong.Type.Kind())
 	}
 	return "is malformed: " + err.Error()

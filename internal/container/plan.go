@@ -10,10 +10,12 @@ import (
 
 	"github.com/containers/podman/v5/libpod/define"
 	"github.com/containers/podman/v5/pkg/bindings/images"
-	"github.com/containers/podman/v5/pkg/domain/entities/types"
+	entities "github.com/containers/podman/v5/pkg/domain/entities/types"
 	"github.com/containers/podman/v5/pkg/specgen"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"go.podman.io/image/v5/manifest"
+	"go.podman.io/storage/pkg/idtools"
+	"go.podman.io/storage/types"
 
 	"github.com/choiros/agent/internal/sandbox"
 )
@@ -33,6 +35,7 @@ type plan struct {
 	account     account
 	pasta       []string
 	limits      sandbox.Limits
+	uids, gids  int64 // how many there are
 }
 
 // imageFacts is what is needed to know of an image.
@@ -49,8 +52,8 @@ func (d *Driver) Validate(ctx context.Context, spec sandbox.Spec) error {
 }
 
 // check does what can be done of a plan without making anything.
-func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (options, []bind, *types.ImageInspectReport, error) {
-	fail := func(err error) (options, []bind, *types.ImageInspectReport, error) {
+func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (options, []bind, *entities.ImageInspectReport, error) {
+	fail := func(err error) (options, []bind, *entities.ImageInspectReport, error) {
 		return options{}, nil, nil, err
 	}
 	if spec.Image == "" {
@@ -88,8 +91,8 @@ func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (options, []bind,
 }
 
 // image looks an image up. It never pulls one.
-func (d *Driver) image(ctx context.Context, reference string) (*types.ImageInspectReport, error) {
-	var image *types.ImageInspectReport
+func (d *Driver) image(ctx context.Context, reference string) (*entities.ImageInspectReport, error) {
+	var image *entities.ImageInspectReport
 	err := d.call(ctx, readLimit, func(ctx context.Context) (err error) {
 		image, err = images.GetImage(ctx, reference, nil)
 		return err
@@ -129,15 +132,15 @@ func checkLimits(r sandbox.Resources, facts *hostFacts) error {
 
 // checkAccount refuses a user for whom the host has no number left.
 func checkAccount(a account, user string, facts *hostFacts) error {
-	if int64(max(a.uid, a.gid)) < facts.uids {
+	if int64(a.uid) < facts.uids && int64(a.gid) < facts.gids {
 		return nil
 	}
 	return sandbox.Invalidf("spec.user", "%s is beyond the %d ids that containers of this user have; "+
-		"as root: usermod --add-subuids and --add-subgids give more", user, facts.uids)
+		"as root: usermod --add-subuids and --add-subgids give more", user, min(facts.uids, facts.gids))
 }
 
 // userOf returns whom a workload runs as, as user[:group].
-func userOf(spec sandbox.Spec, image *types.ImageInspectReport) string {
+func userOf(spec sandbox.Spec, image *entities.ImageInspectReport) string {
 	if spec.User != "" {
 		return spec.User
 	}
@@ -157,7 +160,7 @@ func (d *Driver) plan(ctx context.Context, ref sandbox.Ref, spec sandbox.Spec) (
 	p := plan{
 		name: d.name(ref.ID), owner: d.cfg.Owner, ref: ref, spec: spec, opts: opts, binds: binds,
 		image:  imageFacts{id: image.ID, user: image.Config.User, cmd: image.Config.Cmd},
-		limits: facts.limits,
+		limits: facts.limits, uids: facts.uids, gids: facts.gids,
 	}
 	if opts.Network == networkInternet {
 		p.pasta = pastaOptions(facts.pastaDate, hasIPv4Route())
@@ -223,12 +226,33 @@ func (p plan) harden(s *specgen.SpecGenerator) {
 	s.PidNS, s.IpcNS, s.UtsNS, s.CgroupNS = private, private, private, private
 	s.UserNS = specgen.Namespace{NSMode: specgen.Host} // the rootless user's own
 	if p.account != (account{}) {
-		s.UserNS = specgen.Namespace{
-			NSMode: specgen.KeepID,
-			Value:  fmt.Sprintf("uid=%d,gid=%d", p.account.uid, p.account.gid),
+		// Podman can work these mappings out itself ("keep-id"), but not twice
+		// at the same time: it reads /etc/subuid with a library that is not
+		// safe for threads, and the whole service dies of it (seen in 5.4.2,
+		// SIGSEGV in subid_get_uid_ranges).
+		s.UserNS = private
+		s.IDMappings = &types.IDMappingOptions{
+			UIDMap: swapWithRoot(p.account.uid, p.uids),
+			GIDMap: swapWithRoot(p.account.gid, p.gids),
 		}
 	}
 	s.Rlimits = []specs.POSIXRlimit{{Type: "core"}}
+}
+
+// swapWithRoot maps the ids of a container to those of the rootless user's own
+// namespace, of which there are count, such that id is that namespace's 0: the
+// host's user. The others keep their order.
+func swapWithRoot(id uint32, count int64) []idtools.IDMap {
+	at, n := int(id), int(count)
+	var maps []idtools.IDMap
+	if at > 0 {
+		maps = append(maps, idtools.IDMap{ContainerID: 0, HostID: 1, Size: at})
+	}
+	maps = append(maps, idtools.IDMap{ContainerID: at, HostID: 0, Size: 1})
+	if at+1 < n {
+		maps = append(maps, idtools.IDMap{ContainerID: at + 1, HostID: at + 1, Size: n - at - 1})
+	}
+	return maps
 }
 
 // mounts are a sandbox's own, then those that its spec asks for.

@@ -17,6 +17,7 @@ import (
 	"github.com/containers/podman/v5/pkg/bindings/containers"
 	"github.com/containers/podman/v5/pkg/bindings/system"
 	"github.com/containers/podman/v5/pkg/specgen"
+	"go.podman.io/storage/pkg/idtools"
 
 	"github.com/choiros/agent/internal/sandbox"
 )
@@ -28,8 +29,8 @@ type hostFacts struct {
 	limits  sandbox.Limits
 	// whyUnlimited says why not all limits can be enforced, and its cure.
 	whyUnlimited, limitsCure string
-	// uids is how many user ids a container may have.
-	uids int64
+	// uids and gids are how many ids a container may have.
+	uids, gids int64
 	// pastaDate is of the form 20240814, or 0 if unknown.
 	pastaDate int
 	// noEvents: Podman does not write down what happens.
@@ -96,7 +97,8 @@ func judge(info *define.Info, cgroupsDisabled bool) *hostFacts {
 	facts := &hostFacts{
 		version:   info.Version.Version,
 		limits:    sandbox.Limits{CPU: has("cpu"), Memory: has("memory"), Pids: has("pids")},
-		uids:      count(host.IDMappings),
+		uids:      count(host.IDMappings.UIDMap),
+		gids:      count(host.IDMappings.GIDMap),
 		pastaDate: pastaDate(host.Pasta),
 		noEvents:  host.EventLogger == "none",
 	}
@@ -107,9 +109,9 @@ func judge(info *define.Info, cgroupsDisabled bool) *hostFacts {
 		facts.whyUnlimited, facts.limitsCure = explainLimits(host, cgroupsDisabled)
 		warn("limits on %s cannot be enforced: %s; %s", missing(facts.limits), facts.whyUnlimited, facts.limitsCure)
 	}
-	if facts.uids < 1000 {
+	if ids := min(facts.uids, facts.gids); ids < 1000 {
 		warn("there are only %d user ids for containers, too few for most images; "+
-			"as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 <user>, then podman system migrate", facts.uids)
+			"as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 <user>, then podman system migrate", ids)
 	}
 	if host.Pasta.Executable == "" {
 		warn("pasta is not installed, so only sandboxes without a network start; install the package passt")
@@ -158,9 +160,9 @@ func missing(limits sandbox.Limits) string {
 	return strings.Join(names, ", ")
 }
 
-func count(mappings define.IDMappings) int64 {
+func count(mappings []idtools.IDMap) int64 {
 	var n int64
-	for _, m := range mappings.UIDMap {
+	for _, m := range mappings {
 		n += int64(m.Size)
 	}
 	return n
@@ -211,7 +213,7 @@ func (d *Driver) cgroupsDisabled(ctx context.Context) (bool, error) {
 
 // checkSocketOwner refuses a socket that is not this user's: behind root's is
 // root's Podman.
-func checkSocketOwner(socket string) error {
+func checkSocketOwner(socket string, uid int) error {
 	info, err := os.Stat(socket)
 	if err != nil {
 		return socketError(socket, err)
@@ -225,7 +227,7 @@ func checkSocketOwner(socket string) error {
 			Err:  fmt.Errorf("the podman at %s is root's; sandboxes are only run by a rootless one", socket),
 			Cure: userCure,
 		}
-	case int(stat.Uid) != os.Getuid():
+	case int(stat.Uid) != uid:
 		return &sandbox.UnavailableError{
 			Err:  fmt.Errorf("the podman at %s is that of the user with id %d", socket, stat.Uid),
 			Cure: userCure,

@@ -2,6 +2,7 @@ package manager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 
@@ -83,6 +84,13 @@ func (m *Manager) answer(ctx context.Context, req Request, run func(ctx context.
 		return before.Body, nil
 	}
 	body, err := run(ctx)
+	if errors.Is(err, sandbox.ErrNotFound) {
+		// This very request's deletion, begun before the agent was restarted,
+		// may have been finished while this retry waited for its turn.
+		if before, found, _ := m.store.Answer(req.ID); found && before.Fingerprint == req.Fingerprint {
+			return before.Body, nil
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -20,7 +20,7 @@ func TestMain(m *testing.M) {
 // none of which may be left when the test has ended.
 func processes(t testing.TB) func(owner string) map[string]sandbox.Driver {
 	t.Helper()
-	root, err := os.MkdirTemp("", "pr") // short, for sockets in it
+	root, err := os.MkdirTemp("", "pr") //nolint:usetesting // t.TempDir is too long for sockets
 	if err != nil {
 		t.Fatal(err)
 	}

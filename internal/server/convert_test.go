@@ -189,16 +189,19 @@ func TestLogOptions(t *testing.T) {
 				Follow: true, Tail: &zero, Since: timestamppb.New(at),
 				Streams: []agentv1.LogStream{agentv1.LogStream_LOG_STREAM_STDERR},
 			},
-			sandbox.LogOptions{Follow: true, Since: at, Stderr: true}, "",
+			sandbox.LogOptions{Follow: true, Since: at, Stderr: true},
+			"",
 		},
 		{
 			"long tail", &agentv1.StreamSandboxLogsRequest{Tail: &many},
-			sandbox.LogOptions{Tail: math.MaxInt32, Stdout: true, Stderr: true}, "",
+			sandbox.LogOptions{Tail: math.MaxInt32, Stdout: true, Stderr: true},
+			"",
 		},
 		{"bad since", &agentv1.StreamSandboxLogsRequest{Since: &timestamppb.Timestamp{Nanos: -1}}, sandbox.LogOptions{}, "since"},
 		{
 			"bad stream", &agentv1.StreamSandboxLogsRequest{Streams: []agentv1.LogStream{1, 0}},
-			sandbox.LogOptions{}, "streams[1]",
+			sandbox.LogOptions{},
+			"streams[1]",
 		},
 	} {
 		got, err := logOptionsFromWire(test.req)

@@ -68,8 +68,9 @@ func connectAs(uid, gid int, groups []uint32, path string) (net.Conn, error) {
 
 func TestOnlyThoseWhoMayAreServed(t *testing.T) {
 	t.Parallel()
-	if os.Getuid() != 0 {
-		t.Skip("needs root, to connect as other users: try: sudo go test ./internal/server")
+	if os.Getuid() != 0 { // who cannot become somebody else
+		servesOrRefusesMe(t)
+		return
 	}
 	const stranger, member = 54321, 54322
 	var log logged
@@ -140,5 +141,33 @@ func TestOnlyThoseWhoMayAreServed(t *testing.T) {
 	}
 	if !log.contains("caller refused") || !log.contains("uid=54321") {
 		t.Error("the refusal is not logged")
+	}
+}
+
+// servesOrRefusesMe has agents of other users', with and without a group of
+// this one's.
+func servesOrRefusesMe(t *testing.T) {
+	t.Helper()
+	other := os.Getuid() + 1
+	groups, err := os.Getgroups()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, gid := range append(groups, -1) {
+		var log logged
+		agent := startAgent(t, agentOptions{
+			Drivers: processes(t), Server: server.Config{Access: server.AccessOf(other, gid)}, Log: &log,
+		})
+		_, err := dial(t, agent).host.GetInfo(t.Context(), &agentv1.GetInfoRequest{})
+		if gid >= 0 {
+			if err != nil {
+				t.Errorf("as a member of group %d: %v", gid, err)
+			}
+			continue
+		}
+		wantError(t, err, codes.PermissionDenied, "PERMISSION_DENIED", "")
+		if !log.contains("caller refused") {
+			t.Error("the refusal is not logged")
+		}
 	}
 }

@@ -25,7 +25,7 @@ type imageService struct {
 	limits  loadLimits
 	// life ends when the server no longer waits for work; work is all that may
 	// outlive its request.
-	life context.Context //nolint:containedctx // bounds work that belongs to no request
+	life context.Context
 	work *sync.WaitGroup
 }
 

@@ -90,8 +90,10 @@ func New(cfg Config) *Server {
 		work:    &s.work,
 	})
 	agentv1.RegisterHostServiceServer(s.grpc, &hostService{manager: cfg.Manager, version: cfg.Version})
-	s.services = []string{"", agentv1.SandboxService_ServiceDesc.ServiceName,
-		agentv1.ImageService_ServiceDesc.ServiceName, agentv1.HostService_ServiceDesc.ServiceName}
+	s.services = []string{
+		"", agentv1.SandboxService_ServiceDesc.ServiceName,
+		agentv1.ImageService_ServiceDesc.ServiceName, agentv1.HostService_ServiceDesc.ServiceName,
+	}
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
 	s.tell(healthpb.HealthCheckResponse_NOT_SERVING)

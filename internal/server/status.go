@@ -38,7 +38,7 @@ func statusError(ctx context.Context, err error, name string) error {
 	if err == nil {
 		return nil
 	}
-	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok { //nolint:errorlint // a wrapped one is a foreign status, not ours
+	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
 		return err
 	}
 	code, reason := classify(ctx, err)

@@ -63,8 +63,7 @@ type Quarantined struct {
 func Open(dir string) (*Store, error) {
 	s := &Store{dir: dir}
 	if err := s.open(); err != nil {
-		s.Close()
-		return nil, fmt.Errorf("open state directory %s: %w", dir, err)
+		return nil, errors.Join(fmt.Errorf("open state directory %s: %w", dir, err), s.Close())
 	}
 	return s, nil
 }

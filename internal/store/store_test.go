@@ -9,8 +9,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/choiros/agent/internal/sandbox"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/choiros/agent/internal/sandbox"
 )
 
 func open(t *testing.T, dir string) *Store {

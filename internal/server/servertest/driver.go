@@ -241,8 +241,10 @@ func observation(w *agentv1.Sandbox) sandbox.Observation {
 	switch s.GetPhase() {
 	case agentv1.Phase_PHASE_STARTING, agentv1.Phase_PHASE_READY, agentv1.Phase_PHASE_STOPPING,
 		agentv1.Phase_PHASE_DELETING, agentv1.Phase_PHASE_UNSPECIFIED:
-		obs.State = sandbox.StateRunning
-		return obs
+		if s.GetStartTime() != nil { // or else the driver was not asked yet
+			obs.State = sandbox.StateRunning
+			return obs
+		}
 	}
 	exit := s.GetExit()
 	if exit == nil {
