@@ -97,7 +97,9 @@ func TestRandomOperationsWithKills(t *testing.T) {
 			t.Errorf("only %d kills in %d rounds", h.crashes.Load(), b.rounds)
 		}
 		for w := range 4 {
-			h.mutate(fmt.Sprintf("box-%d", w), "delete", false)
+			if name := fmt.Sprintf("box-%d", w); h.model(name) != nil {
+				h.mutate(name, "delete", false)
+			}
 		}
 		h.check()
 	})

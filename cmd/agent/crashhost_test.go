@@ -38,7 +38,7 @@ type backend struct {
 
 // crashHost is a host whose agent is killed and started again.
 type crashHost struct {
-	t       *testing.T
+	t       testing.TB
 	backend backend
 	dir     string
 	state   string
@@ -56,7 +56,7 @@ type crashHost struct {
 	expected map[string]*expectation
 }
 
-func newCrashHost(t *testing.T, b backend) *crashHost {
+func newCrashHost(t testing.TB, b backend) *crashHost {
 	t.Helper()
 	// Not t.TempDir: its name is too long for a socket's.
 	dir, err := os.MkdirTemp("", "crash")
@@ -256,7 +256,7 @@ func processOrphans(h *crashHost, names []string) error {
 
 // podmanBackend is the user's own Podman, with the test image loaded. Without
 // one the test is skipped, or fails if AGENT_REQUIRE has podman in it.
-func podmanBackend(t *testing.T) backend {
+func podmanBackend(t testing.TB) backend {
 	t.Helper()
 	loader := openPodman(t, "00000000")
 	if _, err := loader.Probe(t.Context()); err != nil {
@@ -289,7 +289,7 @@ func podmanBackend(t *testing.T) backend {
 	}
 }
 
-func openPodman(t *testing.T, owner string) *container.Driver {
+func openPodman(t testing.TB, owner string) *container.Driver {
 	t.Helper()
 	drv, err := container.New(container.Config{RuntimeDir: os.Getenv("XDG_RUNTIME_DIR"), Owner: owner})
 	if err != nil {

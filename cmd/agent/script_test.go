@@ -25,7 +25,7 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Setup: func(env *testscript.Env) error {
-			short, err := os.MkdirTemp("", "as") //nolint:usetesting // t.TempDir is too long for sockets
+			short, err := os.MkdirTemp("", "as") // t.TempDir is too long for sockets
 			if err != nil {
 				return err
 			}

@@ -104,7 +104,7 @@ func startDaemon(t *testing.T, dir string, env []string, flags ...string) *daemo
 // sandbox's outlives the test.
 func host(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "ad") //nolint:usetesting // t.TempDir is too long for sockets
+	dir, err := os.MkdirTemp("", "ad") // t.TempDir is too long for sockets
 	if err != nil {
 		t.Fatal(err)
 	}

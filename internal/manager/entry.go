@@ -40,11 +40,16 @@ type entry struct {
 	flight *flight            // the boot under way
 	alarm  context.CancelFunc // ends the timer that is set, if any
 	ending *ending            // the driver's Stop under way, if any
+	// awaited are those who wait for the lock to stop it, with the latest time
+	// that each would let the workload live until.
+	awaited map[*time.Time]struct{}
 }
 
 // newEntry returns an entry whose operation lock is held.
 func newEntry(name string) *entry {
-	e := &entry{name: name, op: make(chan struct{}, 1), reconciled: make(chan struct{})}
+	e := &entry{
+		name: name, op: make(chan struct{}, 1), reconciled: make(chan struct{}), awaited: map[*time.Time]struct{}{},
+	}
 	e.op <- struct{}{}
 	return e
 }

@@ -76,7 +76,8 @@ func (m *Manager) probeAll(ctx context.Context) []DriverInfo {
 		return m.probes.drivers
 	}
 	m.probes.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, probeDeadline)
+	// What is found is kept for others, so the caller's leaving must not end it.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeDeadline)
 	defer cancel()
 	names := sortedKeys(m.cfg.Drivers)
 	found := make([]DriverInfo, len(names))
@@ -148,9 +149,11 @@ func (m *Manager) Drain(ctx context.Context, stop bool, grace time.Duration) (in
 		var stops sync.WaitGroup
 		for i, e := range running {
 			e.interrupt(errStopping)
-			e.hasten(grace)
+			arrived := e.hasten(grace)
 			stops.Go(func() {
-				if errs[i] = e.lock(ctx); errs[i] == nil {
+				errs[i] = e.lock(ctx)
+				arrived()
+				if errs[i] == nil {
 					defer e.unlock()
 					errs[i] = m.stop(ctx, e, grace, "DRAINED")
 				}

@@ -800,14 +800,6 @@ func TestStopsOvertakeLongerOnes(t *testing.T) {
 			first := make(chan error, 1)
 			go func() { _, err := h.m.Stop(t.Context(), c.name, 5*time.Minute); first <- err }()
 			h.await(c.name, "stopping", inPhase(PhaseStopping))
-			for e := h.entry(c.name); ; time.Sleep(time.Millisecond) {
-				e.mu.Lock()
-				underWay := e.ending != nil
-				e.mu.Unlock()
-				if underWay {
-					break
-				}
-			}
 			began := time.Now()
 			if err := c.overtake(); err != nil {
 				t.Error(err)

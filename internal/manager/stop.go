@@ -31,9 +31,11 @@ func (m *Manager) Stop(ctx context.Context, name string, grace time.Duration) (*
 		return nil, err
 	}
 	e.interrupt(errStopping)
-	e.hasten(grace)
+	arrived := e.hasten(grace)
 	err = m.detach(ctx, func(ctx context.Context) error {
-		if err := e.lock(ctx); err != nil {
+		err := e.lock(ctx)
+		arrived()
+		if err != nil {
 			return err
 		}
 		defer e.unlock()
@@ -98,41 +100,67 @@ func (m *Manager) halt(ctx context.Context, drv sandbox.Driver, e *entry) error 
 // ending is a driver's Stop that may be told to hurry.
 type ending struct {
 	kill   time.Time // when the workload is killed
-	hurry  *time.Duration
 	cancel context.CancelFunc
 }
 
-// terminate is the driver's Stop, by the grace in the record or by a shorter
-// one that somebody asks for meanwhile.
+// terminate is the driver's Stop, by the grace in the record or by the shorter
+// one of somebody who waits for the lock, now or while it goes on.
 func (m *Manager) terminate(ctx context.Context, drv sandbox.Driver, e *entry) error {
-	for grace := e.rec.Grace; ; {
-		bounded, cancel := context.WithTimeout(ctx, grace+stopDeadline)
-		now := &ending{kill: time.Now().Add(grace), cancel: cancel}
-		e.setEnding(now)
-		err := deadlined(bounded, drv.Stop(bounded, m.ref(e.name), grace))
+	latest := time.Now().Add(e.rec.Grace)
+	for {
+		bounded, cancel := context.WithCancel(ctx)
+		kill := e.beginEnding(latest, cancel)
+		grace := max(0, time.Until(kill))
+		if kill.Equal(latest) {
+			grace = max(0, min(e.rec.Grace, grace+time.Millisecond)) // as asked for, not a hair less
+		}
+		timed, stop := context.WithTimeout(bounded, grace+stopDeadline)
+		err := deadlined(timed, drv.Stop(timed, m.ref(e.name), grace))
+		stop()
+		hurried := bounded.Err() != nil && ctx.Err() == nil
 		cancel()
-		e.setEnding(nil)
-		if err == nil || now.hurry == nil {
+		e.endEnding()
+		if err == nil || !hurried {
 			return err
 		}
-		grace = *now.hurry
 	}
 }
 
-func (e *entry) setEnding(now *ending) {
+// beginEnding notes that a Stop is under way and returns when it is to kill:
+// at the latest time given, or sooner if somebody waits.
+func (e *entry) beginEnding(latest time.Time, cancel context.CancelFunc) time.Time {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.ending = now
+	for at := range e.awaited {
+		if at.Before(latest) {
+			latest = *at
+		}
+	}
+	e.ending = &ending{kill: latest, cancel: cancel}
+	return latest
 }
 
-// hasten makes a stop that is under way, and would take longer, take no longer
-// than this grace.
-func (e *entry) hasten(grace time.Duration) {
+func (e *entry) endEnding() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.ending != nil && time.Now().Add(grace).Before(e.ending.kill) {
-		e.ending.hurry, e.ending.kill = &grace, time.Now().Add(grace)
+	e.ending = nil
+}
+
+// hasten announces somebody who will wait for the lock to stop the sandbox by
+// this grace: a stop that is under way, or begins first, takes no longer. The
+// caller calls arrived once it has the lock, or does not want it any more.
+func (e *entry) hasten(grace time.Duration) (arrived func()) {
+	at := time.Now().Add(grace)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.awaited[&at] = struct{}{}
+	if e.ending != nil && at.Before(e.ending.kill) {
 		e.ending.cancel()
+	}
+	return func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		delete(e.awaited, &at)
 	}
 }
 
@@ -168,8 +196,17 @@ func (m *Manager) Restart(ctx context.Context, name string, grace time.Duration,
 	}
 	for {
 		e.interrupt(errRestarting)
-		e.hasten(grace)
-		f, began := m.fly(e, func(ctx context.Context) error { return m.restart(ctx, e, grace, req) })
+		arrived := e.hasten(grace)
+		f, began := m.fly(e, func(ctx context.Context) error {
+			arrived()
+			return m.restart(ctx, e, grace, req)
+		})
+		if began {
+			// Also if it is ended before it gets the lock.
+			m.work.Go(func() { <-f.done; arrived() })
+		} else {
+			arrived()
+		}
 		select {
 		case <-f.done:
 		case <-ctx.Done():
@@ -222,9 +259,11 @@ func (m *Manager) Delete(ctx context.Context, name string, grace time.Duration, 
 	e, err := m.find(name)
 	if err == nil {
 		e.interrupt(errStopping)
-		e.hasten(grace)
+		arrived := e.hasten(grace)
 		err = m.detach(ctx, func(ctx context.Context) error {
-			if err := e.lock(ctx); err != nil {
+			err := e.lock(ctx)
+			arrived()
+			if err != nil {
 				return err
 			}
 			defer e.unlock()

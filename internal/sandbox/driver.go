@@ -178,7 +178,9 @@ type Resizer interface {
 // ImageStore is implemented by drivers that boot OCI images.
 type ImageStore interface {
 	// LoadImage adds the images of an OCI or docker archive and returns them.
-	// If reading fails, or the archive is corrupt, nothing is added.
+	// It reads to the end before it adds anything: if reading fails, nothing
+	// is added; nor if the archive is corrupt or truncated, for which the error
+	// wraps ErrCorrupt.
 	LoadImage(ctx context.Context, archive io.Reader) ([]Image, error)
 	// PullImage fetches an image from its registry. progress is called with
 	// lines for people, from one goroutine.

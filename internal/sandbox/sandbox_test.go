@@ -22,6 +22,7 @@ func TestValidateNamesTheField(t *testing.T) {
 		{"spec.image", func(s *Spec) { s.Image = long }},
 		{"spec.machine", func(s *Spec) { s.Machine = "m" }},
 		{"spec.machine_class", func(s *Spec) { s.MachineClass = "No" }},
+		{"spec.driver_options", func(s *Spec) { s.DriverOptions = []byte(`"` + long + `"`) }},
 		{"spec.command[1]", func(s *Spec) { s.Command = []string{"a", "b\x00"} }},
 		{"spec.entrypoint", func(s *Spec) { s.Entrypoint = []string{long} }},
 		{"spec.command", func(s *Spec) { s.Command = make([]string, maxArgs+1) }},

@@ -25,6 +25,7 @@ const (
 	maxMemoryMiB  = 64 << 20 // 64 TiB
 	maxPids       = 4 << 20  // the kernel's PID_MAX_LIMIT, see proc(5)
 	maxPath       = 4096     // PATH_MAX, see limits.h
+	maxOptions    = 64 << 10
 )
 
 // namePattern is also what a file, a container and a unit may be called.
@@ -88,6 +89,8 @@ func (s *Spec) validateSource() error {
 		return Invalidf("spec.image", "%s is not an image reference", clip(s.Image))
 	case s.Machine != "" && !namePattern.MatchString(s.Machine):
 		return Invalidf("spec.machine", "%s is not of the form [a-z0-9][a-z0-9-]{0,62}", clip(s.Machine))
+	case len(s.DriverOptions) > maxOptions:
+		return Invalidf("spec.driver_options", "is %d bytes long; at most %d are allowed", len(s.DriverOptions), maxOptions)
 	case s.MachineClass != "" && !namePattern.MatchString(s.MachineClass):
 		return Invalidf("spec.machine_class", "%s is not of the form [a-z0-9][a-z0-9-]{0,62}", clip(s.MachineClass))
 	}

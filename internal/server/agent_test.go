@@ -44,7 +44,7 @@ type agentOptions struct {
 // startAgent runs an agent until the test ends.
 func startAgent(t testing.TB, opts agentOptions) *testAgent {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "st") //nolint:usetesting // t.TempDir is too long for sockets
+	dir, err := os.MkdirTemp("", "st") // t.TempDir is too long for sockets
 	if err != nil {
 		t.Fatal(err)
 	}

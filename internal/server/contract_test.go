@@ -20,7 +20,7 @@ func TestMain(m *testing.M) {
 // none of which may be left when the test has ended.
 func processes(t testing.TB) func(owner string) map[string]sandbox.Driver {
 	t.Helper()
-	root, err := os.MkdirTemp("", "pr") //nolint:usetesting // t.TempDir is too long for sockets
+	root, err := os.MkdirTemp("", "pr") // t.TempDir is too long for sockets
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,8 +57,7 @@ func TestContractThroughClientServerAndManager(t *testing.T) {
 		Program:  []string{process.Program},
 		GuestDir: process.GuestDir,
 		Without: drivertest.Without{
-			Dial:           true, // guestd brings what goes over it
-			ConcurrentStop: true, // the manager holds one lock per sandbox
+			Dial: true, // guestd brings what goes over it
 		},
 	})
 }

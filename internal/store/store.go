@@ -31,6 +31,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -99,7 +100,9 @@ func (s *Store) Close() error {
 		errs = append(errs, s.answers.close())
 	}
 	if s.lock != nil {
-		errs = append(errs, s.lock.Close())
+		// By itself closing releases the lock only once no child that is just
+		// being forked has the file open any more; see flock(2).
+		errs = append(errs, syscall.Flock(int(s.lock.Fd()), syscall.LOCK_UN), s.lock.Close())
 	}
 	return errors.Join(errs...)
 }

@@ -277,7 +277,10 @@ func deleteLeavesMounts(t *testing.T, s *suite) {
 	}})
 	b.must("Create", b.tryCreate(spec))
 	b.start()
-	b.wrote("written")
+	b.happens("the workload writes text", func() bool {
+		text, err := os.ReadFile(filepath.Join(b.data, "written"))
+		return err == nil && len(text) > 0
+	})
 	want := tree(t, b.data, workspace)
 	b.delete()
 	if got := tree(t, b.data, workspace); !maps.Equal(got, want) {
