@@ -52,7 +52,7 @@ test: go-present images env ## run every test, on real podman
 	$(GO) test $(RACE) -tags "$(TAGS)" -exec "$(ENV) exec" -timeout 20m ./...
 
 .PHONY: test-host
-test-host: go-present ## test limits on a whole systemd host under QEMU
+test-host: build ## test limits on a whole systemd host under QEMU
 	@test/env/host-test
 
 .PHONY: fuzz
@@ -73,7 +73,7 @@ lint: go-present $(LINT) ## everything that reads the source: format, lint, buf,
 	@$(LINT) run --timeout 10m ./...
 	@$(TOOL) buf lint
 	@GOOS=darwin CGO_ENABLED=0 $(GO) vet -tags "$(TAGS)" ./...
-	@if command -v shellcheck >/dev/null; then shellcheck .ci/run test/demo test/env/podman-env test/env/lib.sh test/env/host; fi
+	@if command -v shellcheck >/dev/null; then shellcheck -x .ci/run test/demo test/fuzz test/env/podman-env test/env/lib.sh test/env/host test/env/host-test test/env/selftest test/env/host.d/run-payload test/env/payload/*; fi
 
 $(LINT): tools/lint/go.sum
 	@echo "building golangci-lint (once, a few minutes)"

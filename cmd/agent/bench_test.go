@@ -216,8 +216,9 @@ func BenchmarkThousandSandboxes(b *testing.B) {
 		var took samples
 		for b.Loop() {
 			took = append(took, timed(b, func() error {
+				before := h.crashes.Load()
 				h.kill()
-				return h.awaitReconciled(b)
+				return h.awaitReconciled(b, before)
 			}))
 		}
 		b.ReportMetric(milliseconds(took.at(50)), "p50-ms")
@@ -240,11 +241,10 @@ func (h *crashHost) watchToSync(b *testing.B) error {
 	}
 }
 
-// awaitReconciled returns once an agent other than the one just killed has
-// compared every record with the host.
-func (h *crashHost) awaitReconciled(b *testing.B) error {
+// awaitReconciled returns once an agent after the one that was killed, the
+// crashes before which are given, has compared every record with the host.
+func (h *crashHost) awaitReconciled(b *testing.B, before int64) error {
 	host := agentv1.NewHostServiceClient(h.conn)
-	before := h.crashes.Load()
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		if h.crashes.Load() == before {
 			continue

@@ -40,6 +40,8 @@ const minMajor = 5
 // or that systemd starts on demand and ends when idle, makes no difference.
 type connection struct {
 	socket string
+	// sees says that pids which Podman tells are of this host and namespace.
+	sees bool
 	// values is the context that bindings.NewConnection returned. The bindings
 	// look their client up in it. It never ends.
 	values context.Context
@@ -63,7 +65,7 @@ func (d *Driver) connect(ctx context.Context) (*connection, error) {
 func (d *Driver) dialService(ctx context.Context) (*connection, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, readLimit, errSilent)
 	defer cancel()
-	socket, err := d.findSocket(ctx)
+	socket, sees, err := d.findSocket(ctx)
 	if err != nil {
 		return nil, ended(ctx, err)
 	}
@@ -87,31 +89,31 @@ func (d *Driver) dialService(ctx context.Context) (*connection, error) {
 		}
 	}
 	client.Client.Transport = newTransport(socket)
-	return &connection{socket: socket, values: values}, nil
+	return &connection{socket: socket, sees: sees, values: values}, nil
 }
 
 // findSocket returns the first socket that accepts a connection. If none
 // does, the error is about the one that is most likely meant.
-func (d *Driver) findSocket(ctx context.Context) (string, error) {
+func (d *Driver) findSocket(ctx context.Context) (socket string, sees bool, err error) {
 	candidates := socketCandidates(d.cfg, d.uid)
 	if len(candidates) == 0 {
-		return "", &sandbox.UnavailableError{
+		return "", false, &sandbox.UnavailableError{
 			Err:  errors.New("no podman socket is configured"),
 			Cure: "podman machine init && podman machine start, then set the socket's path in the agent's configuration",
 		}
 	}
 	var first error
 	for _, socket := range candidates {
-		err := trySocket(ctx, socket, d.uid)
+		sees, err := trySocket(ctx, socket, d.uid)
 		if err == nil {
-			return socket, nil
+			return socket, sees, nil
 		}
 		// Of a missing and a forbidden one, the forbidden one tells more.
 		if first == nil || errors.Is(first, os.ErrNotExist) && !errors.Is(err, os.ErrNotExist) {
 			first = err
 		}
 	}
-	return "", first
+	return "", false, first
 }
 
 // socketCandidates are the places where the socket is looked for.
@@ -133,15 +135,16 @@ func socketCandidates(cfg Config, uid int) []string {
 }
 
 // trySocket sees that somebody listens at a socket and that it is this user's.
-func trySocket(ctx context.Context, socket string, uid int) error {
+func trySocket(ctx context.Context, socket string, uid int) (sees bool, err error) {
 	if err := checkSocketOwner(socket, uid); err != nil {
-		return err
+		return false, err
 	}
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	if err != nil {
-		return socketError(socket, err)
+		return false, socketError(socket, err)
 	}
-	return conn.Close()
+	sees = seesPodman(conn)
+	return sees, conn.Close()
 }
 
 // call makes one call of the bindings. fn gets a context that ends with ctx or

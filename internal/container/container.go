@@ -21,6 +21,7 @@ type artefact struct {
 	containerID string
 	sandboxID   string
 	state       string // as Podman says it
+	pid         int    // zero: not known
 	lookup      bool   // one in which the image is read
 	whole       bool   // the sandbox's container, and not a half or a lookup
 }
@@ -60,7 +61,7 @@ func (d *Driver) recognise(c *types.ListContainer) (artefact, bool) {
 			id, lookup, ok = d.sandboxOf(name)
 		}
 		if ok {
-			return artefact{containerID: c.ID, sandboxID: id, state: c.State, lookup: lookup, whole: !half && !lookup}, true
+			return artefact{containerID: c.ID, sandboxID: id, state: c.State, pid: c.Pid, lookup: lookup, whole: !half && !lookup}, true
 		}
 	}
 	return artefact{}, false
@@ -87,10 +88,21 @@ func (d *Driver) inspect(ctx context.Context, id string) (data *define.InspectCo
 		return nil, false, nil
 	}
 	name := d.name(id)
-	err = d.call(ctx, readLimit, func(ctx context.Context) (err error) {
-		data, err = containers.Inspect(ctx, name, nil)
-		return err
-	})
+	look := func() error {
+		return d.call(ctx, readLimit, func(ctx context.Context) (err error) {
+			data, err = containers.Inspect(ctx, name, nil)
+			return err
+		})
+	}
+	err = look()
+	if err == nil && d.isAbandoned(data) {
+		// Stopping what is dead has Podman write down that it is.
+		containerID := data.ID
+		_ = d.settle(ctx, removeLimit, func(ctx context.Context) error {
+			return containers.Stop(ctx, containerID, new(containers.StopOptions).WithTimeout(0))
+		})
+		err = look()
+	}
 	if isNotFound(err) {
 		return nil, false, nil
 	}
@@ -104,6 +116,18 @@ func (d *Driver) inspect(ctx context.Context, id string) (data *define.InspectCo
 		return nil, true, nil
 	}
 	return data, false, nil
+}
+
+// isAbandoned reports whether a container of ours ended and nobody noticed: its
+// monitor was killed too. Podman then says for ever that it runs.
+func (d *Driver) isAbandoned(data *define.InspectContainerData) bool {
+	conn := d.conn.Load()
+	if conn == nil || !conn.sees || data.State == nil || data.Config == nil {
+		return false
+	}
+	_, _, ours := d.ours(data.Name, data.Config.Labels)
+	return ours && data.State.Status == define.ContainerStateRunning.String() &&
+		isGone(data.State.Pid) && isGone(data.State.ConmonPid)
 }
 
 // Inspect implements sandbox.Driver.

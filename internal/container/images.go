@@ -14,6 +14,7 @@ import (
 	"github.com/containers/podman/v5/pkg/bindings"
 	"github.com/containers/podman/v5/pkg/bindings/images"
 	"github.com/containers/podman/v5/pkg/domain/entities/types"
+	distref "github.com/distribution/reference"
 
 	"github.com/choiros/agent/internal/sandbox"
 )
@@ -104,6 +105,9 @@ func (d *Driver) imagesNamed(ctx context.Context, names []string) ([]sandbox.Ima
 
 // PullImage implements sandbox.ImageStore. Credentials are those of podman login.
 func (d *Driver) PullImage(ctx context.Context, reference string, progress func(string)) (sandbox.Image, error) {
+	if _, err := distref.ParseNormalizedNamed(strings.TrimPrefix(reference, "docker://")); err != nil {
+		return sandbox.Image{}, sandbox.Invalidf("reference", "%s: %v", clip(reference), err)
+	}
 	lines := &lineWriter{yield: progress}
 	var ids []string
 	var told error // what went wrong after Podman had begun to answer

@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containers/podman/v5/libpod/define"
 	"github.com/containers/podman/v5/pkg/bindings/images"
@@ -200,7 +201,12 @@ func (p plan) container() *specgen.SpecGenerator {
 	s.SdNotifyMode = define.SdNotifyModeIgnore
 	s.Systemd = "false"
 	// An image's health check would be run by timers of systemd's.
-	s.HealthConfig = &manifest.Schema2HealthConfig{Test: []string{define.HealthConfigTestNone}}
+	s.HealthConfig = &manifest.Schema2HealthConfig{
+		Test: []string{define.HealthConfigTestNone},
+		// Of no effect, but Podman 5.4 refuses every later update of the
+		// container without them ("healthcheck-timeout must be at least 1 second").
+		Interval: 30 * time.Second, Timeout: 30 * time.Second, Retries: 3,
+	}
 	s.LogConfiguration = &specgen.LogConfig{Driver: define.KubernetesLogging, Size: logSizeBytes}
 
 	p.harden(s)

@@ -142,7 +142,11 @@ func explainLimits(host *define.HostInfo, cgroupsDisabled bool) (why, cure strin
 		return "the host uses cgroups " + host.CgroupsVersion + ", whose controllers only root has",
 			"boot with systemd.unified_cgroup_hierarchy=1"
 	default:
-		return fmt.Sprintf("systemd delegates only %q of the cgroup controllers to this user", host.CgroupControllers),
+		has := strings.Join(host.CgroupControllers, ", ")
+		if has == "" {
+			has = "none"
+		}
+		return "of the cgroup controllers this user has " + has,
 			"put \"[Service]\\nDelegate=cpu cpuset io memory pids\" into /etc/systemd/system/user@.service.d/delegate.conf, " +
 				"then systemctl daemon-reload and log in anew"
 	}

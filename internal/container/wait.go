@@ -236,8 +236,12 @@ func (w *endWatcher) review(ctx context.Context) {
 	if err != nil {
 		return // it is tried again, and the stream's end says the same
 	}
+	conn := w.driver.conn.Load()
 	running := map[string]bool{}
 	for _, a := range found {
+		if conn != nil && conn.sees && isGone(a.pid) {
+			continue // see Driver.isAbandoned
+		}
 		if a.whole && (a.state == define.ContainerStateRunning.String() || a.state == define.ContainerStateStopping.String()) {
 			running[a.sandboxID] = true
 		}

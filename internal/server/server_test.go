@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -158,7 +159,7 @@ func TestShutdownEndsStreamsAndLeavesSandboxes(t *testing.T) {
 	t.Parallel()
 	agent := startAgent(t, agentOptions{Drivers: processes(t)})
 	c := dial(t, agent)
-	mustCreate(t, c, "a", process.Spec("ready-after", "0s", "/dev/null"), true)
+	mustCreate(t, c, "a", process.Spec("ready-after", "0s", filepath.Join(t.TempDir(), "ready")), true)
 	watch, err := c.sandboxes.WatchSandboxes(t.Context(), &agentv1.WatchSandboxesRequest{})
 	if err != nil {
 		t.Fatal(err)

@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -74,7 +75,7 @@ func WriteFile(path string, binary []byte, spec Spec) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // after the rename there is nothing of that name
+	defer func() { _ = os.Remove(f.Name()) }() // after the rename there is nothing of that name
 	if _, err = f.Write(b.Bytes()); err == nil {
 		// Others than the builder load it: CreateTemp gave 0600.
 		err = f.Chmod(0o644)
@@ -90,12 +91,12 @@ func WriteFile(path string, binary []byte, spec Spec) error {
 
 // Binary compiles test/workload, static, for Linux on the host's architecture.
 // It must run within the module.
-func Binary(ctx context.Context) ([]byte, error) {
+func Binary(ctx context.Context) (binary []byte, err error) {
 	dir, err := os.MkdirTemp("", "workload")
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	out := filepath.Join(dir, "workload")
 	// No build id, path or revision: none of them is content.
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false",

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
@@ -32,7 +33,7 @@ func contents(t *testing.T, r io.Reader) map[string][]byte {
 	files := map[string][]byte{}
 	for tr := tar.NewReader(r); ; {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return files
 		}
 		if err != nil {
@@ -111,7 +112,7 @@ func TestRootfsHoldsBinaryAndUsersFolders(t *testing.T) {
 	var got []string
 	for tr := tar.NewReader(bytes.NewReader(b)); ; {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

@@ -62,9 +62,6 @@ type Harness struct {
 type Without struct {
 	// Dial: the guest channel is not carried.
 	Dial bool
-	// ConcurrentStop: one request to stop is worked off before the next, so
-	// that a short grace does not overtake a long one, nor Delete a Stop.
-	ConcurrentStop bool
 }
 
 // Workload is what a sandbox of the suite runs: the project's program
@@ -151,10 +148,8 @@ func (s *suite) parallel(t *testing.T) []test {
 		{"SameVerbAtOnce", sameVerbAtOnce},
 		{"DifferentSandboxesAtOnce", differentSandboxesAtOnce},
 		{"AnyVerbsAtOnce", anyVerbsAtOnce},
-	}
-	if !s.Without.ConcurrentStop {
-		tests = append(tests, test{"ShortStopOvertakesLong", shortStopOvertakes},
-			test{"DeleteOvertakesStop", deleteOvertakesStop})
+		{"ShortStopOvertakesLong", shortStopOvertakes},
+		{"DeleteOvertakesStop", deleteOvertakesStop},
 	}
 	if !s.Without.Dial {
 		tests = append(tests, dialTests()...)

@@ -91,6 +91,10 @@ func runOn(ctx context.Context, stdout io.Writer) error {
 }
 
 func readyAfter(ctx context.Context, after, file string, stdout io.Writer) error {
+	// An earlier life's. Never a device: a test may name one, and run as root.
+	if info, err := os.Lstat(file); err == nil && !info.Mode().IsRegular() {
+		return fmt.Errorf("%s is not a regular file", file)
+	}
 	if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
