@@ -20,6 +20,7 @@ import (
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
 	"github.com/choiros/agent/internal/container"
 	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/sandbox/drivertest"
 	"github.com/choiros/agent/internal/sandbox/drivertest/process"
 	"github.com/choiros/agent/test/image"
 )
@@ -259,13 +260,8 @@ func processOrphans(h *crashHost, names []string) error {
 func podmanBackend(t testing.TB) backend {
 	t.Helper()
 	loader := openPodman(t, "00000000")
-	if _, err := loader.Probe(t.Context()); err != nil {
-		cure := "test/env/podman-env up, then go test -exec \"$PWD/test/env/podman-env exec\""
-		if slices.Contains(strings.Split(os.Getenv("AGENT_REQUIRE"), ","), "podman") {
-			t.Fatalf("no podman: %v; try: %s", err, cure)
-		}
-		t.Skipf("no podman: %v; try: %s", err, cure)
-	}
+	_, err := loader.Probe(t.Context())
+	drivertest.Require(t, "podman", err)
 	archive, err := os.Open(filepath.Join(image.Dir(t), image.RootOCI))
 	if err != nil {
 		t.Fatal(err)

@@ -140,7 +140,7 @@ func TestDoctorNamesTheCure(t *testing.T) {
 
 func TestPodmanVersionIsAskedOverTheSocket(t *testing.T) {
 	t.Parallel()
-	dir, err := os.MkdirTemp("", "agentctl") //nolint:usetesting // t.TempDir is too long for a socket
+	dir, err := os.MkdirTemp("", "agentctl") // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}

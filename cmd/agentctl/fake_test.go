@@ -128,7 +128,7 @@ func (f *fakeAgent) close() {
 // serveFake serves a fake agent for a test of Go, on a unix socket.
 func serveFake(t *testing.T) *fakeAgent {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "agentctl") //nolint:usetesting // t.TempDir is too long for a socket
+	dir, err := os.MkdirTemp("", "agentctl") // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -26,7 +26,7 @@ func TestScripts(t *testing.T) {
 		Dir:           "testdata",
 		UpdateScripts: os.Getenv("UPDATE_GOLDEN") != "",
 		Setup: func(env *testscript.Env) error {
-			dir, err := os.MkdirTemp("", "agentctl") //nolint:usetesting // t.TempDir is too long for a socket
+			dir, err := os.MkdirTemp("", "agentctl") // t.TempDir is too long for a socket
 			if err != nil {
 				return err
 			}

@@ -217,8 +217,8 @@ func TestPull(t *testing.T) {
 func TestPullThatBreaksOff(t *testing.T) {
 	t.Parallel()
 	for stream, want := range map[string]error{
-		`{"stream":"Trying to pull\n"}{"stre`:        sandbox.ErrUnavailable,
-		`{"stream":"Trying to pull\n"}`:              sandbox.ErrUnavailable,
+		`{"stream":"Trying to pull\n"}{"stre`:          sandbox.ErrUnavailable,
+		`{"stream":"Trying to pull\n"}`:                sandbox.ErrUnavailable,
 		`{"stream":"Trying\n"}{"error":"no manifest"}`: nil,
 	} {
 		d, _ := newFake(t, "5.4.2", streaming(stream))

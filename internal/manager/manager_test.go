@@ -823,3 +823,51 @@ func (h *host) awaitOutput(name string) {
 		h.t.Fatalf("logs of %s: %v", name, err)
 	}
 }
+
+func TestFailedWriteLosesNothing(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.create("a", process.Spec("sleep"))
+	// Stands in the way of the new record, as a full disk does.
+	block := func(name string) (unblock func()) {
+		path := filepath.Join(h.dir, "records", name+".json.tmp~")
+		if err := os.MkdirAll(filepath.Join(path, "x"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		return func() {
+			if err := os.RemoveAll(path); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	free := block("a")
+	for what, err := range map[string]error{
+		"stop":    second(h.m.Stop(t.Context(), "a", 0)),
+		"restart": second(h.m.Restart(t.Context(), "a", 0, Request{})),
+		"delete":  h.m.Delete(t.Context(), "a", 0, false, Request{}),
+	} {
+		if !errors.Is(err, sandbox.ErrExhausted) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if s := h.get("a"); s.Phase != PhaseReady || s.Generation != 1 || s.Desired != DesiredRunning {
+		t.Errorf("afterwards: %+v", s)
+	}
+	free()
+	free = block("b")
+	_, err := h.m.Create(t.Context(), CreateRequest{Name: "b", Spec: process.Spec("sleep"), Start: true})
+	if !errors.Is(err, sandbox.ErrExhausted) {
+		t.Errorf("create: %v", err)
+	}
+	free()
+	if _, err := h.m.Sandbox(t.Context(), "b"); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("after a failed create: %v", err)
+	}
+	h.create("b", process.Spec("sleep"))
+	h.restart()
+	if s := h.get("a"); s.Phase != PhaseReady || s.Generation != 1 {
+		t.Errorf("after a restart: %+v", s)
+	}
+}
+
+func second[T any](_ T, err error) error { return err }

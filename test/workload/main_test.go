@@ -148,7 +148,7 @@ func TestReadyAfterForgetsAnEarlierLife(t *testing.T) {
 
 func TestGuestEchoEchoesAndReplacesAStaleSocket(t *testing.T) {
 	t.Parallel()
-	dir, err := os.MkdirTemp("", "echo") //nolint:usetesting // t.TempDir's path may be too long for a socket's
+	dir, err := os.MkdirTemp("", "echo") // t.TempDir's path may be too long for a socket's
 	if err != nil {
 		t.Fatal(err)
 	}

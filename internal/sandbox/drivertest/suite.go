@@ -33,7 +33,7 @@ func newSuite(t *testing.T, h Harness) *suite {
 	if h.Patience == 0 {
 		h.Patience = time.Minute
 	}
-	root, err := os.MkdirTemp(h.Root, "dt") //nolint:usetesting // short, for sockets in it
+	root, err := os.MkdirTemp(h.Root, "dt") // short, for sockets in it
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -37,7 +37,7 @@ func root(t *testing.T) string {
 	if dir, found := os.LookupEnv(rootVariable); found {
 		return dir // of whoever started this process, who looks after it
 	}
-	dir, err := os.MkdirTemp("", "pr") //nolint:usetesting // short, for sockets in it
+	dir, err := os.MkdirTemp("", "pr") // short, for sockets in it
 	if err != nil {
 		t.Fatal(err)
 	}

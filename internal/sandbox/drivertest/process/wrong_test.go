@@ -366,7 +366,7 @@ func TestSuiteFindsFaults(t *testing.T) {
 	for _, f := range faults() {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
-			dir, err := os.MkdirTemp("", "pr") //nolint:usetesting // short, for sockets in it
+			dir, err := os.MkdirTemp("", "pr") // short, for sockets in it
 			if err != nil {
 				t.Fatal(err)
 			}
