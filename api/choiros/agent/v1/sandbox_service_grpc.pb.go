@@ -47,8 +47,8 @@ const (
 // kept, not errors: a failed request may be tried again under its id.
 //
 // Errors carry google.rpc.ErrorInfo (domain "choiros.agent") with a reason
-// from docs/errors.md, and metadata "sandbox" and "field" where they apply;
-// "later" carries google.rpc.RetryInfo too.
+// from docs/errors.md, and metadata "sandbox", "field" and "cure" (the command
+// that mends it) where they apply; "later" carries google.rpc.RetryInfo too.
 type SandboxServiceClient interface {
 	// Records a sandbox and makes its artefacts. With start set, boots it too
 	// and returns once it is ready; a sandbox whose boot fails stays, as FAILED.
@@ -243,8 +243,8 @@ type SandboxService_StreamSandboxLogsClient = grpc.ServerStreamingClient[StreamS
 // kept, not errors: a failed request may be tried again under its id.
 //
 // Errors carry google.rpc.ErrorInfo (domain "choiros.agent") with a reason
-// from docs/errors.md, and metadata "sandbox" and "field" where they apply;
-// "later" carries google.rpc.RetryInfo too.
+// from docs/errors.md, and metadata "sandbox", "field" and "cure" (the command
+// that mends it) where they apply; "later" carries google.rpc.RetryInfo too.
 type SandboxServiceServer interface {
 	// Records a sandbox and makes its artefacts. With start set, boots it too
 	// and returns once it is ready; a sandbox whose boot fails stays, as FAILED.
