@@ -65,6 +65,14 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (*Sandbox, erro
 	if err != nil {
 		return nil, err
 	}
+	if !replay && ctx.Err() != nil {
+		// Left before anything was begun. Looked at only now that the name is
+		// taken: a deletion that this caller asks for next finds either
+		// nothing, or what to wait for.
+		m.forget(e)
+		e.unlock()
+		return nil, ctx.Err()
+	}
 	if !replay {
 		err = m.detach(ctx, func(ctx context.Context) error {
 			err := m.create(ctx, e, rec)

@@ -198,13 +198,23 @@ func (m *Manager) ref(name string) sandbox.Ref {
 
 // find returns the entry of a sandbox that callers may know of.
 func (m *Manager) find(name string) (*entry, error) {
+	e, err := m.lookUp(name)
+	if err == nil && e.snap.Load() == nil {
+		return nil, fmt.Errorf("sandbox %s: %w", name, sandbox.ErrNotFound)
+	}
+	return e, err
+}
+
+// lookUp is find, and also returns the entry of a sandbox whose creation has
+// only just begun.
+func (m *Manager) lookUp(name string) (*entry, error) {
 	if err := sandbox.ValidateName("name", name); err != nil {
 		return nil, err
 	}
 	m.mu.RLock()
 	e := m.entries[name]
 	m.mu.RUnlock()
-	if e == nil || e.snap.Load() == nil {
+	if e == nil {
 		return nil, fmt.Errorf("sandbox %s: %w", name, sandbox.ErrNotFound)
 	}
 	return e, nil

@@ -871,3 +871,25 @@ func TestFailedWriteLosesNothing(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+func TestDeleteAfterAnAbandonedCreateLeavesNothing(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	for i := range 100 {
+		ctx, cancel := context.WithCancel(t.Context())
+		created := make(chan struct{})
+		go func() {
+			defer close(created)
+			_, _ = h.m.Create(ctx, CreateRequest{Name: "web", Spec: process.Spec("sleep")})
+		}()
+		time.Sleep(time.Duration(i) * 20 * time.Microsecond) // wherever it is by then
+		cancel()
+		if err := h.m.Delete(t.Context(), "web", 0, true, Request{}); err != nil {
+			t.Fatal(err)
+		}
+		<-created
+		if _, err := h.m.Sandbox(t.Context(), "web"); !errors.Is(err, sandbox.ErrNotFound) {
+			t.Fatalf("after %d: %v; want nothing", i, err)
+		}
+	}
+}

@@ -256,7 +256,7 @@ func (m *Manager) Delete(ctx context.Context, name string, grace time.Duration, 
 	if err := checkGrace(grace); err != nil {
 		return err
 	}
-	e, err := m.find(name)
+	e, err := m.lookUp(name)
 	if err == nil {
 		e.interrupt(errStopping)
 		arrived := e.hasten(grace)
