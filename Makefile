@@ -62,7 +62,7 @@ fuzz: go-present ## fuzz each parser for a while (FUZZTIME, 20s)
 .PHONY: bench
 bench: build images env ## measure, side by side with podman's own command line
 	@$(GO) test -tags "$(TAGS)" -c -o .cache/bench.test ./cmd/agent
-	@cd cmd/agent && $(ENV) exec $(CURDIR)/.cache/bench.test -test.run '^$$' -test.bench . -test.timeout 30m
+	@cd cmd/agent && $(ENV) exec $(CURDIR)/.cache/bench.test -test.run '^$$' -test.bench . -test.benchtime 5s -test.timeout 30m
 
 .PHONY: generate
 generate: go-present ## generate Go from api/

@@ -125,7 +125,7 @@ func (d *Driver) account(ctx context.Context, id string, image *types.ImageInspe
 	}
 	var passwd, group string
 	err := d.settle(ctx, createLimit, func(ctx context.Context) (err error) {
-		passwd, group, err = d.readAccounts(ctx, id, image.ID)
+		passwd, group, err = d.readAccounts(ctx, id, image.ID, strings.Contains(user, ":"))
 		return err
 	})
 	if err != nil {
@@ -139,10 +139,10 @@ func (d *Driver) account(ctx context.Context, id string, image *types.ImageInspe
 	return a, nil
 }
 
-// readAccounts reads an image's passwd and group files. Podman shows files of
+// readAccounts reads an image's passwd and, if asked for, group file. Podman shows files of
 // containers only, so it makes one, which never runs, and removes it. If it is
 // left behind it is found under the sandbox's id.
-func (d *Driver) readAccounts(ctx context.Context, id, image string) (passwd, group string, err error) {
+func (d *Driver) readAccounts(ctx context.Context, id, image string, groups bool) (passwd, group string, err error) {
 	spec := specgen.NewSpecGenerator(image, false)
 	spec.Name = d.name(id) + lookupMark + strings.ToLower(rand.Text()[:8])
 	spec.Labels = map[string]string{labelOwner: d.cfg.Owner, labelSandbox: id}
@@ -156,8 +156,8 @@ func (d *Driver) readAccounts(ctx context.Context, id, image string) (passwd, gr
 		_, removed := containers.Remove(ctx, made.ID, new(containers.RemoveOptions).WithForce(true).WithIgnore(true))
 		err = errors.Join(err, removed)
 	}()
-	if passwd, err = readFile(ctx, made.ID, "/etc/passwd"); err != nil {
-		return "", "", err
+	if passwd, err = readFile(ctx, made.ID, "/etc/passwd"); err != nil || !groups {
+		return passwd, "", err
 	}
 	group, err = readFile(ctx, made.ID, "/etc/group")
 	return passwd, group, err

@@ -230,7 +230,7 @@ func gunzip(w io.Writer, r io.Reader) error {
 	if err != nil {
 		return readProblem(err)
 	}
-	if _, err := io.Copy(w, unpacked); err != nil { //nolint:gosec // nothing is kept
+	if _, err := io.Copy(w, unpacked); err != nil {
 		return readProblem(err)
 	}
 	return nil

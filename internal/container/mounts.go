@@ -175,7 +175,7 @@ func makeDir(ref sandbox.Ref) error {
 	}
 	// Whoever the workload runs as binds its sockets there. Outside, Ref.Dir
 	// keeps everybody else out.
-	if err := os.Chmod(guestDir(ref), 0o777); err != nil { //nolint:gosec // see above
+	if err := os.Chmod(guestDir(ref), 0o777); err != nil {
 		return err
 	}
 	return writeFile(hostsPath(ref), hostsFile(ref.ID))
@@ -188,7 +188,7 @@ func writeFile(name, content string) error {
 		return nil
 	}
 	temporary := name + ".new"
-	if err := os.WriteFile(temporary, []byte(content), 0o644); err != nil { //nolint:gosec // any user inside reads it
+	if err := os.WriteFile(temporary, []byte(content), 0o644); err != nil { // any user inside reads it
 		return err
 	}
 	return os.Rename(temporary, name)
