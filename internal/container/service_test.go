@@ -139,7 +139,7 @@ func halfMade(t *testing.T, s *service, owner string, ref sandbox.Ref) {
 			}
 		}
 	}
-	t.Skip("Podman cannot be brought to leave a half-made container")
+	t.Fatal("Podman cannot be brought to leave a half-made container")
 }
 
 func TestHalfMadeIsFoundAndMended(t *testing.T) {
