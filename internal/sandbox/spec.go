@@ -36,6 +36,12 @@ type Spec struct {
 
 	// DriverOptions is a JSON object that only the driver understands, or nil.
 	DriverOptions json.RawMessage `json:"driver_options,omitempty"`
+
+	// Keyless refuses names that the agent reserves for providers' keys, among
+	// secrets and environment.
+	Keyless     bool           `json:"keyless,omitempty"`
+	Rotation    RotationPolicy `json:"secret_rotation,omitzero"`
+	AutoForward AutoForward    `json:"auto_forward,omitzero"`
 }
 
 // Clone returns a copy that shares nothing with s.
@@ -52,6 +58,7 @@ func (s Spec) Clone() Spec {
 		s.Readiness.HTTP = &probe
 	}
 	s.DriverOptions = slices.Clone(s.DriverOptions)
+	s.AutoForward.Deny = slices.Clone(s.AutoForward.Deny)
 	return s
 }
 
@@ -114,6 +121,42 @@ type SecretRef struct {
 	Source   string `json:"source"`
 	File     bool   `json:"file,omitempty"`
 	Optional bool   `json:"optional,omitempty"`
+}
+
+// AllNames, as a SecretRef's name, stands for all that its source has.
+const AllNames = "*"
+
+// RotationAction says what becomes of a workload whose secrets have changed.
+type RotationAction string
+
+// The rotation actions. Empty means RotationLeave.
+const (
+	RotationLeave   RotationAction = "leave"
+	RotationSignal  RotationAction = "signal"
+	RotationRestart RotationAction = "restart"
+)
+
+// RotationPolicy says what becomes of a workload whose secrets have changed.
+type RotationPolicy struct {
+	Action RotationAction `json:"action,omitempty"`
+	Signal string         `json:"signal,omitempty"` // as ParseSignal takes it; empty: HUP
+}
+
+// AutoForwardMode says what becomes of ports found to be listened on inside.
+type AutoForwardMode string
+
+// The modes. Empty means AutoForwardOffer.
+const (
+	AutoForwardOff     AutoForwardMode = "off"     // not looked for
+	AutoForwardOffer   AutoForwardMode = "offer"   // shown
+	AutoForwardForward AutoForwardMode = "forward" // forwarded
+)
+
+// AutoForward says what becomes of ports found to be listened on inside.
+type AutoForward struct {
+	Mode AutoForwardMode `json:"mode,omitempty"`
+	// Deny are guest ports that are never forwarded by themselves.
+	Deny []uint16 `json:"deny_ports,omitempty"`
 }
 
 // DefaultReadyTimeout and DefaultProbeInterval apply where Readiness has zero.

@@ -21,6 +21,7 @@ const (
 	maxMounts     = 32
 	maxPorts      = 64
 	maxSecrets    = 128
+	maxDenied     = 1024
 	maxCPUMillis  = 1024 * 1000
 	maxMemoryMiB  = 64 << 20 // 64 TiB
 	maxPids       = 4 << 20  // the kernel's PID_MAX_LIMIT, see proc(5)
@@ -34,6 +35,7 @@ var (
 	labelPattern    = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$`)
 	envPattern      = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 	userPattern     = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,62})?$`)
+	fileNamePattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 	portNamePattern = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
 )
 
@@ -182,7 +184,7 @@ func reservedTarget(target string) bool {
 	if target == "/" {
 		return true
 	}
-	for _, dir := range []string{"/proc", "/sys", "/dev", "/run/choiros"} {
+	for _, dir := range []string{"/proc", "/sys", "/dev", "/run/choiros", "/run/guestd", "/run/secrets"} {
 		if target == dir || strings.HasPrefix(target, dir+"/") {
 			return true
 		}
@@ -208,6 +210,9 @@ func (s *Spec) validatePorts() error {
 			}
 		}
 		for _, other := range s.Ports[:i] {
+			if p.GuestPort == other.GuestPort && p.UDP == other.UDP {
+				return Invalidf(field+".guest_port", "%d is that of another port of this spec", p.GuestPort)
+			}
 			if p.HostPort != 0 && p.HostPort == other.HostPort && p.UDP == other.UDP {
 				return Invalidf(field+".host_port", "%d is taken by another port of this spec", p.HostPort)
 			}
@@ -225,8 +230,17 @@ func (s *Spec) validateSecrets() error {
 	}
 	for i, ref := range s.Secrets {
 		field := fmt.Sprintf("spec.secrets[%d]", i)
-		if !envPattern.MatchString(ref.Name) {
+		switch {
+		case ref.Name == AllNames:
+		case ref.File && !fileNamePattern.MatchString(ref.Name):
+			return Invalidf(field+".name", "is not of the form %s", fileNamePattern)
+		case !ref.File && !envPattern.MatchString(ref.Name):
 			return Invalidf(field+".name", "is not of the form [A-Za-z_][A-Za-z0-9_]*")
+		}
+		for _, other := range s.Secrets[:i] {
+			if ref.Name != AllNames && ref.Name == other.Name && ref.File == other.File {
+				return Invalidf(field+".name", "is the name of another secret")
+			}
 		}
 		scheme, rest, found := strings.Cut(ref.Source, ":")
 		known := []string{"env-file", "file", "credential", "sops", "age", "aws-secretsmanager", "inline"}
@@ -283,6 +297,37 @@ func (s *Spec) validatePolicies() error {
 	default:
 		return Invalidf("spec.idle.action", "%s is neither stop nor hibernate", clip(string(s.Idle.Action)))
 	}
+	if err := s.validateRotation(); err != nil {
+		return err
+	}
+	switch s.AutoForward.Mode {
+	case "", AutoForwardOff, AutoForwardOffer, AutoForwardForward:
+	default:
+		return Invalidf("spec.auto_forward.mode", "%s is none of off, offer and forward", clip(string(s.AutoForward.Mode)))
+	}
+	if len(s.AutoForward.Deny) > maxDenied {
+		return Invalidf("spec.auto_forward.deny_ports", "has %d ports; at most %d are allowed", len(s.AutoForward.Deny), maxDenied)
+	}
+	return s.validateRestart()
+}
+
+func (s *Spec) validateRotation() error {
+	switch s.Rotation.Action {
+	case "", RotationLeave, RotationSignal, RotationRestart:
+	default:
+		return Invalidf("spec.secret_rotation.action", "%s is none of leave, signal and restart", clip(string(s.Rotation.Action)))
+	}
+	if s.Rotation.Signal == "" {
+		return nil
+	}
+	if s.Rotation.Action != RotationSignal {
+		return Invalidf("spec.secret_rotation.signal", "is given, but the action is not signal")
+	}
+	_, err := ParseSignal("spec.secret_rotation.signal", s.Rotation.Signal)
+	return err
+}
+
+func (s *Spec) validateRestart() error {
 	r := s.Restart
 	switch r.Mode {
 	case "", RestartNever, RestartOnFailure, RestartAlways:

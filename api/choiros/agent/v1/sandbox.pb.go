@@ -214,6 +214,63 @@ func (Protocol) EnumDescriptor() ([]byte, []int) {
 	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{2}
 }
 
+// What to do.
+type AutoForward_Mode int32
+
+const (
+	// OFFER.
+	AutoForward_MODE_UNSPECIFIED AutoForward_Mode = 0
+	// Do not look.
+	AutoForward_MODE_OFF AutoForward_Mode = 1
+	// Show them in the status.
+	AutoForward_MODE_OFFER AutoForward_Mode = 2
+	// Forward them, each to a leased port of 127.0.0.1.
+	AutoForward_MODE_FORWARD AutoForward_Mode = 3
+)
+
+// Enum value maps for AutoForward_Mode.
+var (
+	AutoForward_Mode_name = map[int32]string{
+		0: "MODE_UNSPECIFIED",
+		1: "MODE_OFF",
+		2: "MODE_OFFER",
+		3: "MODE_FORWARD",
+	}
+	AutoForward_Mode_value = map[string]int32{
+		"MODE_UNSPECIFIED": 0,
+		"MODE_OFF":         1,
+		"MODE_OFFER":       2,
+		"MODE_FORWARD":     3,
+	}
+)
+
+func (x AutoForward_Mode) Enum() *AutoForward_Mode {
+	p := new(AutoForward_Mode)
+	*p = x
+	return p
+}
+
+func (x AutoForward_Mode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AutoForward_Mode) Descriptor() protoreflect.EnumDescriptor {
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[3].Descriptor()
+}
+
+func (AutoForward_Mode) Type() protoreflect.EnumType {
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[3]
+}
+
+func (x AutoForward_Mode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AutoForward_Mode.Descriptor instead.
+func (AutoForward_Mode) EnumDescriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6, 0}
+}
+
 // What a mount is for.
 type Mount_Kind int32
 
@@ -251,11 +308,11 @@ func (x Mount_Kind) String() string {
 }
 
 func (Mount_Kind) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[3].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[4].Descriptor()
 }
 
 func (Mount_Kind) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[3]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[4]
 }
 
 func (x Mount_Kind) Number() protoreflect.EnumNumber {
@@ -264,7 +321,7 @@ func (x Mount_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Mount_Kind.Descriptor instead.
 func (Mount_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{8, 0}
 }
 
 // What to do with an idle sandbox.
@@ -304,11 +361,11 @@ func (x IdlePolicy_Action) String() string {
 }
 
 func (IdlePolicy_Action) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[4].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[5].Descriptor()
 }
 
 func (IdlePolicy_Action) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[4]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[5]
 }
 
 func (x IdlePolicy_Action) Number() protoreflect.EnumNumber {
@@ -317,7 +374,7 @@ func (x IdlePolicy_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use IdlePolicy_Action.Descriptor instead.
 func (IdlePolicy_Action) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{13, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{15, 0}
 }
 
 // When to restart.
@@ -359,11 +416,11 @@ func (x RestartPolicy_Mode) String() string {
 }
 
 func (RestartPolicy_Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[5].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[6].Descriptor()
 }
 
 func (RestartPolicy_Mode) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[5]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[6]
 }
 
 func (x RestartPolicy_Mode) Number() protoreflect.EnumNumber {
@@ -372,7 +429,7 @@ func (x RestartPolicy_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RestartPolicy_Mode.Descriptor instead.
 func (RestartPolicy_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{14, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{16, 0}
 }
 
 // Sandbox is one isolated workload of this host.
@@ -523,7 +580,11 @@ type SandboxStatus struct {
 	// Where its ports are reachable.
 	Endpoints []*Endpoint `protobuf:"bytes,11,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
 	// The resources in force, after machine class and defaults; applied at boot.
-	Resources     *Resources `protobuf:"bytes,12,opt,name=resources,proto3" json:"resources,omitempty"`
+	Resources *Resources `protobuf:"bytes,12,opt,name=resources,proto3" json:"resources,omitempty"`
+	// What listens inside and is not forwarded.
+	DetectedPorts []*DetectedPort `protobuf:"bytes,13,rep,name=detected_ports,json=detectedPorts,proto3" json:"detected_ports,omitempty"`
+	// The version of the guestd inside, of the present life.
+	GuestdVersion string `protobuf:"bytes,14,opt,name=guestd_version,json=guestdVersion,proto3" json:"guestd_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -642,6 +703,92 @@ func (x *SandboxStatus) GetResources() *Resources {
 	return nil
 }
 
+func (x *SandboxStatus) GetDetectedPorts() []*DetectedPort {
+	if x != nil {
+		return x.DetectedPorts
+	}
+	return nil
+}
+
+func (x *SandboxStatus) GetGuestdVersion() string {
+	if x != nil {
+		return x.GuestdVersion
+	}
+	return ""
+}
+
+// DetectedPort is a port inside on which something listens.
+type DetectedPort struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	GuestPort uint32                 `protobuf:"varint,1,opt,name=guest_port,json=guestPort,proto3" json:"guest_port,omitempty"`
+	Protocol  Protocol               `protobuf:"varint,2,opt,name=protocol,proto3,enum=choiros.agent.v1.Protocol" json:"protocol,omitempty"`
+	// The program's name, where it could be found out.
+	Program string `protobuf:"bytes,3,opt,name=program,proto3" json:"program,omitempty"`
+	// Why it is not forwarded by itself although the spec says so; empty: it
+	// can be, with AddPort.
+	Refusal       string `protobuf:"bytes,4,opt,name=refusal,proto3" json:"refusal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetectedPort) Reset() {
+	*x = DetectedPort{}
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetectedPort) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetectedPort) ProtoMessage() {}
+
+func (x *DetectedPort) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetectedPort.ProtoReflect.Descriptor instead.
+func (*DetectedPort) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *DetectedPort) GetGuestPort() uint32 {
+	if x != nil {
+		return x.GuestPort
+	}
+	return 0
+}
+
+func (x *DetectedPort) GetProtocol() Protocol {
+	if x != nil {
+		return x.Protocol
+	}
+	return Protocol_PROTOCOL_UNSPECIFIED
+}
+
+func (x *DetectedPort) GetProgram() string {
+	if x != nil {
+		return x.Program
+	}
+	return ""
+}
+
+func (x *DetectedPort) GetRefusal() string {
+	if x != nil {
+		return x.Refusal
+	}
+	return ""
+}
+
 // Exit is how a life ended.
 type Exit struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -649,14 +796,16 @@ type Exit struct {
 	Code int32                  `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
 	Time *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
 	// The kernel's OOM killer ended it.
-	OomKilled     bool `protobuf:"varint,3,opt,name=oom_killed,json=oomKilled,proto3" json:"oom_killed,omitempty"`
+	OomKilled bool `protobuf:"varint,3,opt,name=oom_killed,json=oomKilled,proto3" json:"oom_killed,omitempty"`
+	// The signal that ended it, as its name (SIGKILL); empty: it exited.
+	Signal        string `protobuf:"bytes,4,opt,name=signal,proto3" json:"signal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Exit) Reset() {
 	*x = Exit{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[2]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -668,7 +817,7 @@ func (x *Exit) String() string {
 func (*Exit) ProtoMessage() {}
 
 func (x *Exit) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[2]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -681,7 +830,7 @@ func (x *Exit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exit.ProtoReflect.Descriptor instead.
 func (*Exit) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{2}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Exit) GetCode() int32 {
@@ -705,6 +854,13 @@ func (x *Exit) GetOomKilled() bool {
 	return false
 }
 
+func (x *Exit) GetSignal() string {
+	if x != nil {
+		return x.Signal
+	}
+	return ""
+}
+
 // Endpoint is one reachable port of a sandbox.
 type Endpoint struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -722,7 +878,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[3]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -734,7 +890,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[3]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -747,7 +903,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{3}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Endpoint) GetName() string {
@@ -822,13 +978,18 @@ type SandboxSpec struct {
 	// Options that only the chosen driver knows, decoded strictly by it: an
 	// unknown key is an error that names it.
 	DriverOptions *structpb.Struct `protobuf:"bytes,17,opt,name=driver_options,json=driverOptions,proto3" json:"driver_options,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Refuse secrets and environment whose names the agent's configuration
+	// reserves for providers' keys.
+	Keyless        bool            `protobuf:"varint,18,opt,name=keyless,proto3" json:"keyless,omitempty"`
+	SecretRotation *SecretRotation `protobuf:"bytes,19,opt,name=secret_rotation,json=secretRotation,proto3" json:"secret_rotation,omitempty"`
+	AutoForward    *AutoForward    `protobuf:"bytes,20,opt,name=auto_forward,json=autoForward,proto3" json:"auto_forward,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SandboxSpec) Reset() {
 	*x = SandboxSpec{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[4]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -840,7 +1001,7 @@ func (x *SandboxSpec) String() string {
 func (*SandboxSpec) ProtoMessage() {}
 
 func (x *SandboxSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[4]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -853,7 +1014,7 @@ func (x *SandboxSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxSpec.ProtoReflect.Descriptor instead.
 func (*SandboxSpec) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{4}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SandboxSpec) GetDriver() string {
@@ -986,6 +1147,27 @@ func (x *SandboxSpec) GetDriverOptions() *structpb.Struct {
 	return nil
 }
 
+func (x *SandboxSpec) GetKeyless() bool {
+	if x != nil {
+		return x.Keyless
+	}
+	return false
+}
+
+func (x *SandboxSpec) GetSecretRotation() *SecretRotation {
+	if x != nil {
+		return x.SecretRotation
+	}
+	return nil
+}
+
+func (x *SandboxSpec) GetAutoForward() *AutoForward {
+	if x != nil {
+		return x.AutoForward
+	}
+	return nil
+}
+
 type isSandboxSpec_Source interface {
 	isSandboxSpec_Source()
 }
@@ -1004,6 +1186,62 @@ func (*SandboxSpec_Image) isSandboxSpec_Source() {}
 
 func (*SandboxSpec_Machine) isSandboxSpec_Source() {}
 
+// AutoForward says what becomes of ports that are found to be listened on
+// inside.
+type AutoForward struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Mode  AutoForward_Mode       `protobuf:"varint,1,opt,name=mode,proto3,enum=choiros.agent.v1.AutoForward_Mode" json:"mode,omitempty"`
+	// Guest ports that are never forwarded by themselves, beside those that no
+	// agent does (DHCP, mDNS, LLMNR, DNS, SSH).
+	DenyPorts     []uint32 `protobuf:"varint,2,rep,packed,name=deny_ports,json=denyPorts,proto3" json:"deny_ports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AutoForward) Reset() {
+	*x = AutoForward{}
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AutoForward) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AutoForward) ProtoMessage() {}
+
+func (x *AutoForward) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AutoForward.ProtoReflect.Descriptor instead.
+func (*AutoForward) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AutoForward) GetMode() AutoForward_Mode {
+	if x != nil {
+		return x.Mode
+	}
+	return AutoForward_MODE_UNSPECIFIED
+}
+
+func (x *AutoForward) GetDenyPorts() []uint32 {
+	if x != nil {
+		return x.DenyPorts
+	}
+	return nil
+}
+
 // Resources bound a sandbox. Zero: the machine class's value, else no limit.
 // A limit that the host cannot enforce is refused.
 type Resources struct {
@@ -1020,7 +1258,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[5]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1032,7 +1270,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[5]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1045,7 +1283,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{5}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Resources) GetCpuMillis() uint32 {
@@ -1085,7 +1323,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1097,7 +1335,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1110,7 +1348,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Mount) GetKind() Mount_Kind {
@@ -1160,7 +1398,7 @@ type Port struct {
 
 func (x *Port) Reset() {
 	*x = Port{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1172,7 +1410,7 @@ func (x *Port) String() string {
 func (*Port) ProtoMessage() {}
 
 func (x *Port) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1185,7 +1423,7 @@ func (x *Port) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Port.ProtoReflect.Descriptor instead.
 func (*Port) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{7}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Port) GetName() string {
@@ -1230,9 +1468,10 @@ type SecretRef struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Where it is found: env-file:PATH, file:PATH, credential:NAME,
 	// sops:PATH#key, age:PATH, aws-secretsmanager:ID#key, or inline:NAME for a
-	// value pushed over this API.
+	// value set over this API. With "*" as the name, all that the source has.
 	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
-	// Deliver as a file in a tmpfs instead of as environment.
+	// Deliver as a file of that name in /run/secrets, a tmpfs, instead of as
+	// environment.
 	File bool `protobuf:"varint,3,opt,name=file,proto3" json:"file,omitempty"`
 	// A missing source does not keep the sandbox from starting.
 	Optional      bool `protobuf:"varint,4,opt,name=optional,proto3" json:"optional,omitempty"`
@@ -1242,7 +1481,7 @@ type SecretRef struct {
 
 func (x *SecretRef) Reset() {
 	*x = SecretRef{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1254,7 +1493,7 @@ func (x *SecretRef) String() string {
 func (*SecretRef) ProtoMessage() {}
 
 func (x *SecretRef) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1267,7 +1506,7 @@ func (x *SecretRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretRef.ProtoReflect.Descriptor instead.
 func (*SecretRef) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{8}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SecretRef) GetName() string {
@@ -1321,7 +1560,7 @@ type Readiness struct {
 
 func (x *Readiness) Reset() {
 	*x = Readiness{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1333,7 +1572,7 @@ func (x *Readiness) String() string {
 func (*Readiness) ProtoMessage() {}
 
 func (x *Readiness) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1346,7 +1585,7 @@ func (x *Readiness) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Readiness.ProtoReflect.Descriptor instead.
 func (*Readiness) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{9}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Readiness) GetProbe() isReadiness_Probe {
@@ -1431,7 +1670,7 @@ type HttpProbe struct {
 
 func (x *HttpProbe) Reset() {
 	*x = HttpProbe{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1443,7 +1682,7 @@ func (x *HttpProbe) String() string {
 func (*HttpProbe) ProtoMessage() {}
 
 func (x *HttpProbe) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1456,7 +1695,7 @@ func (x *HttpProbe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HttpProbe.ProtoReflect.Descriptor instead.
 func (*HttpProbe) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{10}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *HttpProbe) GetPort() uint32 {
@@ -1483,7 +1722,7 @@ type TcpProbe struct {
 
 func (x *TcpProbe) Reset() {
 	*x = TcpProbe{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1495,7 +1734,7 @@ func (x *TcpProbe) String() string {
 func (*TcpProbe) ProtoMessage() {}
 
 func (x *TcpProbe) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1508,7 +1747,7 @@ func (x *TcpProbe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TcpProbe.ProtoReflect.Descriptor instead.
 func (*TcpProbe) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{11}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *TcpProbe) GetPort() uint32 {
@@ -1528,7 +1767,7 @@ type ExecProbe struct {
 
 func (x *ExecProbe) Reset() {
 	*x = ExecProbe{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1540,7 +1779,7 @@ func (x *ExecProbe) String() string {
 func (*ExecProbe) ProtoMessage() {}
 
 func (x *ExecProbe) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1553,7 +1792,7 @@ func (x *ExecProbe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecProbe.ProtoReflect.Descriptor instead.
 func (*ExecProbe) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{12}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ExecProbe) GetCommand() []string {
@@ -1575,7 +1814,7 @@ type IdlePolicy struct {
 
 func (x *IdlePolicy) Reset() {
 	*x = IdlePolicy{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1587,7 +1826,7 @@ func (x *IdlePolicy) String() string {
 func (*IdlePolicy) ProtoMessage() {}
 
 func (x *IdlePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1600,7 +1839,7 @@ func (x *IdlePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdlePolicy.ProtoReflect.Descriptor instead.
 func (*IdlePolicy) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{13}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *IdlePolicy) GetTimeout() *durationpb.Duration {
@@ -1634,7 +1873,7 @@ type RestartPolicy struct {
 
 func (x *RestartPolicy) Reset() {
 	*x = RestartPolicy{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1646,7 +1885,7 @@ func (x *RestartPolicy) String() string {
 func (*RestartPolicy) ProtoMessage() {}
 
 func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1659,7 +1898,7 @@ func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartPolicy.ProtoReflect.Descriptor instead.
 func (*RestartPolicy) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{14}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RestartPolicy) GetMode() RestartPolicy_Mode {
@@ -1694,7 +1933,7 @@ var File_choiros_agent_v1_sandbox_proto protoreflect.FileDescriptor
 
 const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"\n" +
-	"\x1echoiros/agent/v1/sandbox.proto\x12\x10choiros.agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xee\x03\n" +
+	"\x1echoiros/agent/v1/sandbox.proto\x12\x10choiros.agent.v1\x1a%choiros/agent/v1/secret_service.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xee\x03\n" +
 	"\aSandbox\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1d.choiros.agent.v1.SandboxSpecR\x04spec\x12=\n" +
@@ -1709,7 +1948,7 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"updateTime\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xde\x04\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xcc\x05\n" +
 	"\rSandboxStatus\x12-\n" +
 	"\x05phase\x18\x01 \x01(\x0e2\x17.choiros.agent.v1.PhaseR\x05phase\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
@@ -1727,12 +1966,21 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"\x11next_restart_time\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\x0fnextRestartTime\x128\n" +
 	"\tendpoints\x18\v \x03(\v2\x1a.choiros.agent.v1.EndpointR\tendpoints\x129\n" +
-	"\tresources\x18\f \x01(\v2\x1b.choiros.agent.v1.ResourcesR\tresources\"i\n" +
+	"\tresources\x18\f \x01(\v2\x1b.choiros.agent.v1.ResourcesR\tresources\x12E\n" +
+	"\x0edetected_ports\x18\r \x03(\v2\x1e.choiros.agent.v1.DetectedPortR\rdetectedPorts\x12%\n" +
+	"\x0eguestd_version\x18\x0e \x01(\tR\rguestdVersion\"\x99\x01\n" +
+	"\fDetectedPort\x12\x1d\n" +
+	"\n" +
+	"guest_port\x18\x01 \x01(\rR\tguestPort\x126\n" +
+	"\bprotocol\x18\x02 \x01(\x0e2\x1a.choiros.agent.v1.ProtocolR\bprotocol\x12\x18\n" +
+	"\aprogram\x18\x03 \x01(\tR\aprogram\x12\x18\n" +
+	"\arefusal\x18\x04 \x01(\tR\arefusal\"\x81\x01\n" +
 	"\x04Exit\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\x05R\x04code\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1d\n" +
 	"\n" +
-	"oom_killed\x18\x03 \x01(\bR\toomKilled\"\xaf\x01\n" +
+	"oom_killed\x18\x03 \x01(\bR\toomKilled\x12\x16\n" +
+	"\x06signal\x18\x04 \x01(\tR\x06signal\"\xaf\x01\n" +
 	"\bEndpoint\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x1d\n" +
@@ -1741,7 +1989,7 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"\bprotocol\x18\x04 \x01(\x0e2\x1a.choiros.agent.v1.ProtocolR\bprotocol\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x05 \x01(\x04R\n" +
-	"generation\"\xa2\x06\n" +
+	"generation\"\xc9\a\n" +
 	"\vSandboxSpec\x12\x16\n" +
 	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x16\n" +
 	"\x05image\x18\x02 \x01(\tH\x00R\x05image\x12\x1a\n" +
@@ -1763,11 +2011,24 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"\treadiness\x18\x0e \x01(\v2\x1b.choiros.agent.v1.ReadinessR\treadiness\x120\n" +
 	"\x04idle\x18\x0f \x01(\v2\x1c.choiros.agent.v1.IdlePolicyR\x04idle\x129\n" +
 	"\arestart\x18\x10 \x01(\v2\x1f.choiros.agent.v1.RestartPolicyR\arestart\x12>\n" +
-	"\x0edriver_options\x18\x11 \x01(\v2\x17.google.protobuf.StructR\rdriverOptions\x1a6\n" +
+	"\x0edriver_options\x18\x11 \x01(\v2\x17.google.protobuf.StructR\rdriverOptions\x12\x18\n" +
+	"\akeyless\x18\x12 \x01(\bR\akeyless\x12I\n" +
+	"\x0fsecret_rotation\x18\x13 \x01(\v2 .choiros.agent.v1.SecretRotationR\x0esecretRotation\x12@\n" +
+	"\fauto_forward\x18\x14 \x01(\v2\x1d.choiros.agent.v1.AutoForwardR\vautoForward\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\b\n" +
-	"\x06source\"]\n" +
+	"\x06source\"\xb2\x01\n" +
+	"\vAutoForward\x126\n" +
+	"\x04mode\x18\x01 \x01(\x0e2\".choiros.agent.v1.AutoForward.ModeR\x04mode\x12\x1d\n" +
+	"\n" +
+	"deny_ports\x18\x02 \x03(\rR\tdenyPorts\"L\n" +
+	"\x04Mode\x12\x14\n" +
+	"\x10MODE_UNSPECIFIED\x10\x00\x12\f\n" +
+	"\bMODE_OFF\x10\x01\x12\x0e\n" +
+	"\n" +
+	"MODE_OFFER\x10\x02\x12\x10\n" +
+	"\fMODE_FORWARD\x10\x03\"]\n" +
 	"\tResources\x12\x1d\n" +
 	"\n" +
 	"cpu_millis\x18\x01 \x01(\rR\tcpuMillis\x12\x1d\n" +
@@ -1864,79 +2125,88 @@ func file_choiros_agent_v1_sandbox_proto_rawDescGZIP() []byte {
 	return file_choiros_agent_v1_sandbox_proto_rawDescData
 }
 
-var file_choiros_agent_v1_sandbox_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_choiros_agent_v1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_choiros_agent_v1_sandbox_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_choiros_agent_v1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_choiros_agent_v1_sandbox_proto_goTypes = []any{
 	(DesiredState)(0),             // 0: choiros.agent.v1.DesiredState
 	(Phase)(0),                    // 1: choiros.agent.v1.Phase
 	(Protocol)(0),                 // 2: choiros.agent.v1.Protocol
-	(Mount_Kind)(0),               // 3: choiros.agent.v1.Mount.Kind
-	(IdlePolicy_Action)(0),        // 4: choiros.agent.v1.IdlePolicy.Action
-	(RestartPolicy_Mode)(0),       // 5: choiros.agent.v1.RestartPolicy.Mode
-	(*Sandbox)(nil),               // 6: choiros.agent.v1.Sandbox
-	(*SandboxStatus)(nil),         // 7: choiros.agent.v1.SandboxStatus
-	(*Exit)(nil),                  // 8: choiros.agent.v1.Exit
-	(*Endpoint)(nil),              // 9: choiros.agent.v1.Endpoint
-	(*SandboxSpec)(nil),           // 10: choiros.agent.v1.SandboxSpec
-	(*Resources)(nil),             // 11: choiros.agent.v1.Resources
-	(*Mount)(nil),                 // 12: choiros.agent.v1.Mount
-	(*Port)(nil),                  // 13: choiros.agent.v1.Port
-	(*SecretRef)(nil),             // 14: choiros.agent.v1.SecretRef
-	(*Readiness)(nil),             // 15: choiros.agent.v1.Readiness
-	(*HttpProbe)(nil),             // 16: choiros.agent.v1.HttpProbe
-	(*TcpProbe)(nil),              // 17: choiros.agent.v1.TcpProbe
-	(*ExecProbe)(nil),             // 18: choiros.agent.v1.ExecProbe
-	(*IdlePolicy)(nil),            // 19: choiros.agent.v1.IdlePolicy
-	(*RestartPolicy)(nil),         // 20: choiros.agent.v1.RestartPolicy
-	nil,                           // 21: choiros.agent.v1.Sandbox.LabelsEntry
-	nil,                           // 22: choiros.agent.v1.SandboxSpec.EnvEntry
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),       // 24: google.protobuf.Struct
-	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
+	(AutoForward_Mode)(0),         // 3: choiros.agent.v1.AutoForward.Mode
+	(Mount_Kind)(0),               // 4: choiros.agent.v1.Mount.Kind
+	(IdlePolicy_Action)(0),        // 5: choiros.agent.v1.IdlePolicy.Action
+	(RestartPolicy_Mode)(0),       // 6: choiros.agent.v1.RestartPolicy.Mode
+	(*Sandbox)(nil),               // 7: choiros.agent.v1.Sandbox
+	(*SandboxStatus)(nil),         // 8: choiros.agent.v1.SandboxStatus
+	(*DetectedPort)(nil),          // 9: choiros.agent.v1.DetectedPort
+	(*Exit)(nil),                  // 10: choiros.agent.v1.Exit
+	(*Endpoint)(nil),              // 11: choiros.agent.v1.Endpoint
+	(*SandboxSpec)(nil),           // 12: choiros.agent.v1.SandboxSpec
+	(*AutoForward)(nil),           // 13: choiros.agent.v1.AutoForward
+	(*Resources)(nil),             // 14: choiros.agent.v1.Resources
+	(*Mount)(nil),                 // 15: choiros.agent.v1.Mount
+	(*Port)(nil),                  // 16: choiros.agent.v1.Port
+	(*SecretRef)(nil),             // 17: choiros.agent.v1.SecretRef
+	(*Readiness)(nil),             // 18: choiros.agent.v1.Readiness
+	(*HttpProbe)(nil),             // 19: choiros.agent.v1.HttpProbe
+	(*TcpProbe)(nil),              // 20: choiros.agent.v1.TcpProbe
+	(*ExecProbe)(nil),             // 21: choiros.agent.v1.ExecProbe
+	(*IdlePolicy)(nil),            // 22: choiros.agent.v1.IdlePolicy
+	(*RestartPolicy)(nil),         // 23: choiros.agent.v1.RestartPolicy
+	nil,                           // 24: choiros.agent.v1.Sandbox.LabelsEntry
+	nil,                           // 25: choiros.agent.v1.SandboxSpec.EnvEntry
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),       // 27: google.protobuf.Struct
+	(*SecretRotation)(nil),        // 28: choiros.agent.v1.SecretRotation
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
 }
 var file_choiros_agent_v1_sandbox_proto_depIdxs = []int32{
-	10, // 0: choiros.agent.v1.Sandbox.spec:type_name -> choiros.agent.v1.SandboxSpec
-	21, // 1: choiros.agent.v1.Sandbox.labels:type_name -> choiros.agent.v1.Sandbox.LabelsEntry
+	12, // 0: choiros.agent.v1.Sandbox.spec:type_name -> choiros.agent.v1.SandboxSpec
+	24, // 1: choiros.agent.v1.Sandbox.labels:type_name -> choiros.agent.v1.Sandbox.LabelsEntry
 	0,  // 2: choiros.agent.v1.Sandbox.desired_state:type_name -> choiros.agent.v1.DesiredState
-	7,  // 3: choiros.agent.v1.Sandbox.status:type_name -> choiros.agent.v1.SandboxStatus
-	23, // 4: choiros.agent.v1.Sandbox.create_time:type_name -> google.protobuf.Timestamp
-	23, // 5: choiros.agent.v1.Sandbox.update_time:type_name -> google.protobuf.Timestamp
+	8,  // 3: choiros.agent.v1.Sandbox.status:type_name -> choiros.agent.v1.SandboxStatus
+	26, // 4: choiros.agent.v1.Sandbox.create_time:type_name -> google.protobuf.Timestamp
+	26, // 5: choiros.agent.v1.Sandbox.update_time:type_name -> google.protobuf.Timestamp
 	1,  // 6: choiros.agent.v1.SandboxStatus.phase:type_name -> choiros.agent.v1.Phase
-	23, // 7: choiros.agent.v1.SandboxStatus.start_time:type_name -> google.protobuf.Timestamp
-	23, // 8: choiros.agent.v1.SandboxStatus.ready_time:type_name -> google.protobuf.Timestamp
-	23, // 9: choiros.agent.v1.SandboxStatus.last_activity_time:type_name -> google.protobuf.Timestamp
-	8,  // 10: choiros.agent.v1.SandboxStatus.exit:type_name -> choiros.agent.v1.Exit
-	23, // 11: choiros.agent.v1.SandboxStatus.next_restart_time:type_name -> google.protobuf.Timestamp
-	9,  // 12: choiros.agent.v1.SandboxStatus.endpoints:type_name -> choiros.agent.v1.Endpoint
-	11, // 13: choiros.agent.v1.SandboxStatus.resources:type_name -> choiros.agent.v1.Resources
-	23, // 14: choiros.agent.v1.Exit.time:type_name -> google.protobuf.Timestamp
-	2,  // 15: choiros.agent.v1.Endpoint.protocol:type_name -> choiros.agent.v1.Protocol
-	22, // 16: choiros.agent.v1.SandboxSpec.env:type_name -> choiros.agent.v1.SandboxSpec.EnvEntry
-	11, // 17: choiros.agent.v1.SandboxSpec.resources:type_name -> choiros.agent.v1.Resources
-	12, // 18: choiros.agent.v1.SandboxSpec.mounts:type_name -> choiros.agent.v1.Mount
-	13, // 19: choiros.agent.v1.SandboxSpec.ports:type_name -> choiros.agent.v1.Port
-	14, // 20: choiros.agent.v1.SandboxSpec.secrets:type_name -> choiros.agent.v1.SecretRef
-	15, // 21: choiros.agent.v1.SandboxSpec.readiness:type_name -> choiros.agent.v1.Readiness
-	19, // 22: choiros.agent.v1.SandboxSpec.idle:type_name -> choiros.agent.v1.IdlePolicy
-	20, // 23: choiros.agent.v1.SandboxSpec.restart:type_name -> choiros.agent.v1.RestartPolicy
-	24, // 24: choiros.agent.v1.SandboxSpec.driver_options:type_name -> google.protobuf.Struct
-	3,  // 25: choiros.agent.v1.Mount.kind:type_name -> choiros.agent.v1.Mount.Kind
-	2,  // 26: choiros.agent.v1.Port.protocol:type_name -> choiros.agent.v1.Protocol
-	16, // 27: choiros.agent.v1.Readiness.http:type_name -> choiros.agent.v1.HttpProbe
-	17, // 28: choiros.agent.v1.Readiness.tcp:type_name -> choiros.agent.v1.TcpProbe
-	18, // 29: choiros.agent.v1.Readiness.exec:type_name -> choiros.agent.v1.ExecProbe
-	25, // 30: choiros.agent.v1.Readiness.timeout:type_name -> google.protobuf.Duration
-	25, // 31: choiros.agent.v1.Readiness.interval:type_name -> google.protobuf.Duration
-	25, // 32: choiros.agent.v1.IdlePolicy.timeout:type_name -> google.protobuf.Duration
-	4,  // 33: choiros.agent.v1.IdlePolicy.action:type_name -> choiros.agent.v1.IdlePolicy.Action
-	5,  // 34: choiros.agent.v1.RestartPolicy.mode:type_name -> choiros.agent.v1.RestartPolicy.Mode
-	25, // 35: choiros.agent.v1.RestartPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	25, // 36: choiros.agent.v1.RestartPolicy.max_backoff:type_name -> google.protobuf.Duration
-	37, // [37:37] is the sub-list for method output_type
-	37, // [37:37] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	26, // 7: choiros.agent.v1.SandboxStatus.start_time:type_name -> google.protobuf.Timestamp
+	26, // 8: choiros.agent.v1.SandboxStatus.ready_time:type_name -> google.protobuf.Timestamp
+	26, // 9: choiros.agent.v1.SandboxStatus.last_activity_time:type_name -> google.protobuf.Timestamp
+	10, // 10: choiros.agent.v1.SandboxStatus.exit:type_name -> choiros.agent.v1.Exit
+	26, // 11: choiros.agent.v1.SandboxStatus.next_restart_time:type_name -> google.protobuf.Timestamp
+	11, // 12: choiros.agent.v1.SandboxStatus.endpoints:type_name -> choiros.agent.v1.Endpoint
+	14, // 13: choiros.agent.v1.SandboxStatus.resources:type_name -> choiros.agent.v1.Resources
+	9,  // 14: choiros.agent.v1.SandboxStatus.detected_ports:type_name -> choiros.agent.v1.DetectedPort
+	2,  // 15: choiros.agent.v1.DetectedPort.protocol:type_name -> choiros.agent.v1.Protocol
+	26, // 16: choiros.agent.v1.Exit.time:type_name -> google.protobuf.Timestamp
+	2,  // 17: choiros.agent.v1.Endpoint.protocol:type_name -> choiros.agent.v1.Protocol
+	25, // 18: choiros.agent.v1.SandboxSpec.env:type_name -> choiros.agent.v1.SandboxSpec.EnvEntry
+	14, // 19: choiros.agent.v1.SandboxSpec.resources:type_name -> choiros.agent.v1.Resources
+	15, // 20: choiros.agent.v1.SandboxSpec.mounts:type_name -> choiros.agent.v1.Mount
+	16, // 21: choiros.agent.v1.SandboxSpec.ports:type_name -> choiros.agent.v1.Port
+	17, // 22: choiros.agent.v1.SandboxSpec.secrets:type_name -> choiros.agent.v1.SecretRef
+	18, // 23: choiros.agent.v1.SandboxSpec.readiness:type_name -> choiros.agent.v1.Readiness
+	22, // 24: choiros.agent.v1.SandboxSpec.idle:type_name -> choiros.agent.v1.IdlePolicy
+	23, // 25: choiros.agent.v1.SandboxSpec.restart:type_name -> choiros.agent.v1.RestartPolicy
+	27, // 26: choiros.agent.v1.SandboxSpec.driver_options:type_name -> google.protobuf.Struct
+	28, // 27: choiros.agent.v1.SandboxSpec.secret_rotation:type_name -> choiros.agent.v1.SecretRotation
+	13, // 28: choiros.agent.v1.SandboxSpec.auto_forward:type_name -> choiros.agent.v1.AutoForward
+	3,  // 29: choiros.agent.v1.AutoForward.mode:type_name -> choiros.agent.v1.AutoForward.Mode
+	4,  // 30: choiros.agent.v1.Mount.kind:type_name -> choiros.agent.v1.Mount.Kind
+	2,  // 31: choiros.agent.v1.Port.protocol:type_name -> choiros.agent.v1.Protocol
+	19, // 32: choiros.agent.v1.Readiness.http:type_name -> choiros.agent.v1.HttpProbe
+	20, // 33: choiros.agent.v1.Readiness.tcp:type_name -> choiros.agent.v1.TcpProbe
+	21, // 34: choiros.agent.v1.Readiness.exec:type_name -> choiros.agent.v1.ExecProbe
+	29, // 35: choiros.agent.v1.Readiness.timeout:type_name -> google.protobuf.Duration
+	29, // 36: choiros.agent.v1.Readiness.interval:type_name -> google.protobuf.Duration
+	29, // 37: choiros.agent.v1.IdlePolicy.timeout:type_name -> google.protobuf.Duration
+	5,  // 38: choiros.agent.v1.IdlePolicy.action:type_name -> choiros.agent.v1.IdlePolicy.Action
+	6,  // 39: choiros.agent.v1.RestartPolicy.mode:type_name -> choiros.agent.v1.RestartPolicy.Mode
+	29, // 40: choiros.agent.v1.RestartPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	29, // 41: choiros.agent.v1.RestartPolicy.max_backoff:type_name -> google.protobuf.Duration
+	42, // [42:42] is the sub-list for method output_type
+	42, // [42:42] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_choiros_agent_v1_sandbox_proto_init() }
@@ -1944,11 +2214,12 @@ func file_choiros_agent_v1_sandbox_proto_init() {
 	if File_choiros_agent_v1_sandbox_proto != nil {
 		return
 	}
-	file_choiros_agent_v1_sandbox_proto_msgTypes[4].OneofWrappers = []any{
+	file_choiros_agent_v1_secret_service_proto_init()
+	file_choiros_agent_v1_sandbox_proto_msgTypes[5].OneofWrappers = []any{
 		(*SandboxSpec_Image)(nil),
 		(*SandboxSpec_Machine)(nil),
 	}
-	file_choiros_agent_v1_sandbox_proto_msgTypes[9].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_proto_msgTypes[11].OneofWrappers = []any{
 		(*Readiness_Http)(nil),
 		(*Readiness_Tcp)(nil),
 		(*Readiness_Exec)(nil),
@@ -1958,8 +2229,8 @@ func file_choiros_agent_v1_sandbox_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_agent_v1_sandbox_proto_rawDesc), len(file_choiros_agent_v1_sandbox_proto_rawDesc)),
-			NumEnums:      6,
-			NumMessages:   17,
+			NumEnums:      7,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -82,7 +82,10 @@ type CreateSandboxRequest struct {
 	Start     bool   `protobuf:"varint,2,opt,name=start,proto3" json:"start,omitempty"`
 	RequestId string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Check everything, make nothing.
-	ValidateOnly  bool `protobuf:"varint,4,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	ValidateOnly bool `protobuf:"varint,4,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	// Values for secrets of the spec whose source is inline:NAME, by that NAME;
+	// kept in the agent's memory alone.
+	SecretValues  map[string][]byte `protobuf:"bytes,5,rep,name=secret_values,json=secretValues,proto3" json:"secret_values,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -145,6 +148,13 @@ func (x *CreateSandboxRequest) GetValidateOnly() bool {
 	return false
 }
 
+func (x *CreateSandboxRequest) GetSecretValues() map[string][]byte {
+	if x != nil {
+		return x.SecretValues
+	}
+	return nil
+}
+
 type CreateSandboxResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -194,8 +204,11 @@ type EnsureSandboxRequest struct {
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// If the sandbox is absent, create this one; its name is empty or the same.
 	// Ignored when the sandbox exists: Ensure never changes one.
-	Sandbox       *Sandbox `protobuf:"bytes,2,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
-	RequestId     string   `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	Sandbox   *Sandbox `protobuf:"bytes,2,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	RequestId string   `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Values for secrets of the spec whose source is inline:NAME, by that NAME;
+	// kept in the agent's memory alone.
+	SecretValues  map[string][]byte `protobuf:"bytes,4,rep,name=secret_values,json=secretValues,proto3" json:"secret_values,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -251,6 +264,13 @@ func (x *EnsureSandboxRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *EnsureSandboxRequest) GetSecretValues() map[string][]byte {
+	if x != nil {
+		return x.SecretValues
+	}
+	return nil
+}
+
 type EnsureSandboxResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
@@ -296,9 +316,12 @@ func (x *EnsureSandboxResponse) GetSandbox() *Sandbox {
 }
 
 type StartSandboxRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	RequestId     string                 `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	RequestId string                 `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Values for secrets of the spec whose source is inline:NAME, by that NAME;
+	// kept in the agent's memory alone.
+	SecretValues  map[string][]byte `protobuf:"bytes,3,rep,name=secret_values,json=secretValues,proto3" json:"secret_values,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -345,6 +368,13 @@ func (x *StartSandboxRequest) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *StartSandboxRequest) GetSecretValues() map[string][]byte {
+	if x != nil {
+		return x.SecretValues
+	}
+	return nil
 }
 
 type StartSandboxResponse struct {
@@ -1460,7 +1490,7 @@ type WatchSandboxesResponse_Sync struct {
 
 func (x *WatchSandboxesResponse_Sync) Reset() {
 	*x = WatchSandboxesResponse_Sync{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1472,7 +1502,7 @@ func (x *WatchSandboxesResponse_Sync) String() string {
 func (*WatchSandboxesResponse_Sync) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse_Sync) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1496,7 +1526,7 @@ type WatchSandboxesResponse_Reset struct {
 
 func (x *WatchSandboxesResponse_Reset) Reset() {
 	*x = WatchSandboxesResponse_Reset{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1508,7 +1538,7 @@ func (x *WatchSandboxesResponse_Reset) String() string {
 func (*WatchSandboxesResponse_Reset) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse_Reset) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1528,26 +1558,38 @@ var File_choiros_agent_v1_sandbox_service_proto protoreflect.FileDescriptor
 
 const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\n" +
-	"&choiros/agent/v1/sandbox_service.proto\x12\x10choiros.agent.v1\x1a\x1echoiros/agent/v1/sandbox.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa5\x01\n" +
+	"&choiros/agent/v1/sandbox_service.proto\x12\x10choiros.agent.v1\x1a\x1echoiros/agent/v1/sandbox.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x02\n" +
 	"\x14CreateSandboxRequest\x123\n" +
 	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\x12\x14\n" +
 	"\x05start\x18\x02 \x01(\bR\x05start\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x03 \x01(\tR\trequestId\x12#\n" +
-	"\rvalidate_only\x18\x04 \x01(\bR\fvalidateOnly\"L\n" +
+	"\rvalidate_only\x18\x04 \x01(\bR\fvalidateOnly\x12]\n" +
+	"\rsecret_values\x18\x05 \x03(\v28.choiros.agent.v1.CreateSandboxRequest.SecretValuesEntryR\fsecretValues\x1a?\n" +
+	"\x11SecretValuesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"L\n" +
 	"\x15CreateSandboxResponse\x123\n" +
-	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"~\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"\x9e\x02\n" +
 	"\x14EnsureSandboxRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x123\n" +
 	"\asandbox\x18\x02 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x03 \x01(\tR\trequestId\"L\n" +
+	"request_id\x18\x03 \x01(\tR\trequestId\x12]\n" +
+	"\rsecret_values\x18\x04 \x03(\v28.choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntryR\fsecretValues\x1a?\n" +
+	"\x11SecretValuesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"L\n" +
 	"\x15EnsureSandboxResponse\x123\n" +
-	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"H\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"\xe7\x01\n" +
 	"\x13StartSandboxRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tR\trequestId\"K\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\x12\\\n" +
+	"\rsecret_values\x18\x03 \x03(\v27.choiros.agent.v1.StartSandboxRequest.SecretValuesEntryR\fsecretValues\x1a?\n" +
+	"\x11SecretValuesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"K\n" +
 	"\x14StartSandboxResponse\x123\n" +
 	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"x\n" +
 	"\x12StopSandboxRequest\x12\x12\n" +
@@ -1653,7 +1695,7 @@ func file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP() []byte {
 }
 
 var file_choiros_agent_v1_sandbox_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_choiros_agent_v1_sandbox_service_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_choiros_agent_v1_sandbox_service_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_choiros_agent_v1_sandbox_service_proto_goTypes = []any{
 	(LogStream)(0),                       // 0: choiros.agent.v1.LogStream
 	(*CreateSandboxRequest)(nil),         // 1: choiros.agent.v1.CreateSandboxRequest
@@ -1680,67 +1722,73 @@ var file_choiros_agent_v1_sandbox_service_proto_goTypes = []any{
 	(*UpdateSandboxResponse)(nil),        // 22: choiros.agent.v1.UpdateSandboxResponse
 	(*StreamSandboxLogsRequest)(nil),     // 23: choiros.agent.v1.StreamSandboxLogsRequest
 	(*StreamSandboxLogsResponse)(nil),    // 24: choiros.agent.v1.StreamSandboxLogsResponse
-	(*WatchSandboxesResponse_Sync)(nil),  // 25: choiros.agent.v1.WatchSandboxesResponse.Sync
-	(*WatchSandboxesResponse_Reset)(nil), // 26: choiros.agent.v1.WatchSandboxesResponse.Reset
-	(*Sandbox)(nil),                      // 27: choiros.agent.v1.Sandbox
-	(*durationpb.Duration)(nil),          // 28: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),        // 29: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),        // 30: google.protobuf.FieldMask
+	nil,                                  // 25: choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
+	nil,                                  // 26: choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
+	nil,                                  // 27: choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
+	(*WatchSandboxesResponse_Sync)(nil),  // 28: choiros.agent.v1.WatchSandboxesResponse.Sync
+	(*WatchSandboxesResponse_Reset)(nil), // 29: choiros.agent.v1.WatchSandboxesResponse.Reset
+	(*Sandbox)(nil),                      // 30: choiros.agent.v1.Sandbox
+	(*durationpb.Duration)(nil),          // 31: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),        // 32: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),        // 33: google.protobuf.FieldMask
 }
 var file_choiros_agent_v1_sandbox_service_proto_depIdxs = []int32{
-	27, // 0: choiros.agent.v1.CreateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	27, // 1: choiros.agent.v1.CreateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	27, // 2: choiros.agent.v1.EnsureSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	27, // 3: choiros.agent.v1.EnsureSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	27, // 4: choiros.agent.v1.StartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	28, // 5: choiros.agent.v1.StopSandboxRequest.grace:type_name -> google.protobuf.Duration
-	27, // 6: choiros.agent.v1.StopSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	28, // 7: choiros.agent.v1.RestartSandboxRequest.grace:type_name -> google.protobuf.Duration
-	27, // 8: choiros.agent.v1.RestartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	28, // 9: choiros.agent.v1.DeleteSandboxRequest.grace:type_name -> google.protobuf.Duration
-	27, // 10: choiros.agent.v1.GetSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	27, // 11: choiros.agent.v1.ListSandboxesResponse.sandboxes:type_name -> choiros.agent.v1.Sandbox
-	27, // 12: choiros.agent.v1.WatchSandboxesResponse.changed:type_name -> choiros.agent.v1.Sandbox
-	27, // 13: choiros.agent.v1.WatchSandboxesResponse.deleted:type_name -> choiros.agent.v1.Sandbox
-	25, // 14: choiros.agent.v1.WatchSandboxesResponse.sync:type_name -> choiros.agent.v1.WatchSandboxesResponse.Sync
-	26, // 15: choiros.agent.v1.WatchSandboxesResponse.reset:type_name -> choiros.agent.v1.WatchSandboxesResponse.Reset
-	29, // 16: choiros.agent.v1.TouchSandboxResponse.last_activity_time:type_name -> google.protobuf.Timestamp
-	27, // 17: choiros.agent.v1.UpdateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	30, // 18: choiros.agent.v1.UpdateSandboxRequest.update_mask:type_name -> google.protobuf.FieldMask
-	27, // 19: choiros.agent.v1.UpdateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	29, // 20: choiros.agent.v1.StreamSandboxLogsRequest.since:type_name -> google.protobuf.Timestamp
-	0,  // 21: choiros.agent.v1.StreamSandboxLogsRequest.streams:type_name -> choiros.agent.v1.LogStream
-	0,  // 22: choiros.agent.v1.StreamSandboxLogsResponse.stream:type_name -> choiros.agent.v1.LogStream
-	29, // 23: choiros.agent.v1.StreamSandboxLogsResponse.time:type_name -> google.protobuf.Timestamp
-	1,  // 24: choiros.agent.v1.SandboxService.CreateSandbox:input_type -> choiros.agent.v1.CreateSandboxRequest
-	3,  // 25: choiros.agent.v1.SandboxService.EnsureSandbox:input_type -> choiros.agent.v1.EnsureSandboxRequest
-	5,  // 26: choiros.agent.v1.SandboxService.StartSandbox:input_type -> choiros.agent.v1.StartSandboxRequest
-	7,  // 27: choiros.agent.v1.SandboxService.StopSandbox:input_type -> choiros.agent.v1.StopSandboxRequest
-	9,  // 28: choiros.agent.v1.SandboxService.RestartSandbox:input_type -> choiros.agent.v1.RestartSandboxRequest
-	11, // 29: choiros.agent.v1.SandboxService.DeleteSandbox:input_type -> choiros.agent.v1.DeleteSandboxRequest
-	13, // 30: choiros.agent.v1.SandboxService.GetSandbox:input_type -> choiros.agent.v1.GetSandboxRequest
-	15, // 31: choiros.agent.v1.SandboxService.ListSandboxes:input_type -> choiros.agent.v1.ListSandboxesRequest
-	17, // 32: choiros.agent.v1.SandboxService.WatchSandboxes:input_type -> choiros.agent.v1.WatchSandboxesRequest
-	19, // 33: choiros.agent.v1.SandboxService.TouchSandbox:input_type -> choiros.agent.v1.TouchSandboxRequest
-	21, // 34: choiros.agent.v1.SandboxService.UpdateSandbox:input_type -> choiros.agent.v1.UpdateSandboxRequest
-	23, // 35: choiros.agent.v1.SandboxService.StreamSandboxLogs:input_type -> choiros.agent.v1.StreamSandboxLogsRequest
-	2,  // 36: choiros.agent.v1.SandboxService.CreateSandbox:output_type -> choiros.agent.v1.CreateSandboxResponse
-	4,  // 37: choiros.agent.v1.SandboxService.EnsureSandbox:output_type -> choiros.agent.v1.EnsureSandboxResponse
-	6,  // 38: choiros.agent.v1.SandboxService.StartSandbox:output_type -> choiros.agent.v1.StartSandboxResponse
-	8,  // 39: choiros.agent.v1.SandboxService.StopSandbox:output_type -> choiros.agent.v1.StopSandboxResponse
-	10, // 40: choiros.agent.v1.SandboxService.RestartSandbox:output_type -> choiros.agent.v1.RestartSandboxResponse
-	12, // 41: choiros.agent.v1.SandboxService.DeleteSandbox:output_type -> choiros.agent.v1.DeleteSandboxResponse
-	14, // 42: choiros.agent.v1.SandboxService.GetSandbox:output_type -> choiros.agent.v1.GetSandboxResponse
-	16, // 43: choiros.agent.v1.SandboxService.ListSandboxes:output_type -> choiros.agent.v1.ListSandboxesResponse
-	18, // 44: choiros.agent.v1.SandboxService.WatchSandboxes:output_type -> choiros.agent.v1.WatchSandboxesResponse
-	20, // 45: choiros.agent.v1.SandboxService.TouchSandbox:output_type -> choiros.agent.v1.TouchSandboxResponse
-	22, // 46: choiros.agent.v1.SandboxService.UpdateSandbox:output_type -> choiros.agent.v1.UpdateSandboxResponse
-	24, // 47: choiros.agent.v1.SandboxService.StreamSandboxLogs:output_type -> choiros.agent.v1.StreamSandboxLogsResponse
-	36, // [36:48] is the sub-list for method output_type
-	24, // [24:36] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	30, // 0: choiros.agent.v1.CreateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	25, // 1: choiros.agent.v1.CreateSandboxRequest.secret_values:type_name -> choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
+	30, // 2: choiros.agent.v1.CreateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	30, // 3: choiros.agent.v1.EnsureSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	26, // 4: choiros.agent.v1.EnsureSandboxRequest.secret_values:type_name -> choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
+	30, // 5: choiros.agent.v1.EnsureSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	27, // 6: choiros.agent.v1.StartSandboxRequest.secret_values:type_name -> choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
+	30, // 7: choiros.agent.v1.StartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	31, // 8: choiros.agent.v1.StopSandboxRequest.grace:type_name -> google.protobuf.Duration
+	30, // 9: choiros.agent.v1.StopSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	31, // 10: choiros.agent.v1.RestartSandboxRequest.grace:type_name -> google.protobuf.Duration
+	30, // 11: choiros.agent.v1.RestartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	31, // 12: choiros.agent.v1.DeleteSandboxRequest.grace:type_name -> google.protobuf.Duration
+	30, // 13: choiros.agent.v1.GetSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	30, // 14: choiros.agent.v1.ListSandboxesResponse.sandboxes:type_name -> choiros.agent.v1.Sandbox
+	30, // 15: choiros.agent.v1.WatchSandboxesResponse.changed:type_name -> choiros.agent.v1.Sandbox
+	30, // 16: choiros.agent.v1.WatchSandboxesResponse.deleted:type_name -> choiros.agent.v1.Sandbox
+	28, // 17: choiros.agent.v1.WatchSandboxesResponse.sync:type_name -> choiros.agent.v1.WatchSandboxesResponse.Sync
+	29, // 18: choiros.agent.v1.WatchSandboxesResponse.reset:type_name -> choiros.agent.v1.WatchSandboxesResponse.Reset
+	32, // 19: choiros.agent.v1.TouchSandboxResponse.last_activity_time:type_name -> google.protobuf.Timestamp
+	30, // 20: choiros.agent.v1.UpdateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	33, // 21: choiros.agent.v1.UpdateSandboxRequest.update_mask:type_name -> google.protobuf.FieldMask
+	30, // 22: choiros.agent.v1.UpdateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	32, // 23: choiros.agent.v1.StreamSandboxLogsRequest.since:type_name -> google.protobuf.Timestamp
+	0,  // 24: choiros.agent.v1.StreamSandboxLogsRequest.streams:type_name -> choiros.agent.v1.LogStream
+	0,  // 25: choiros.agent.v1.StreamSandboxLogsResponse.stream:type_name -> choiros.agent.v1.LogStream
+	32, // 26: choiros.agent.v1.StreamSandboxLogsResponse.time:type_name -> google.protobuf.Timestamp
+	1,  // 27: choiros.agent.v1.SandboxService.CreateSandbox:input_type -> choiros.agent.v1.CreateSandboxRequest
+	3,  // 28: choiros.agent.v1.SandboxService.EnsureSandbox:input_type -> choiros.agent.v1.EnsureSandboxRequest
+	5,  // 29: choiros.agent.v1.SandboxService.StartSandbox:input_type -> choiros.agent.v1.StartSandboxRequest
+	7,  // 30: choiros.agent.v1.SandboxService.StopSandbox:input_type -> choiros.agent.v1.StopSandboxRequest
+	9,  // 31: choiros.agent.v1.SandboxService.RestartSandbox:input_type -> choiros.agent.v1.RestartSandboxRequest
+	11, // 32: choiros.agent.v1.SandboxService.DeleteSandbox:input_type -> choiros.agent.v1.DeleteSandboxRequest
+	13, // 33: choiros.agent.v1.SandboxService.GetSandbox:input_type -> choiros.agent.v1.GetSandboxRequest
+	15, // 34: choiros.agent.v1.SandboxService.ListSandboxes:input_type -> choiros.agent.v1.ListSandboxesRequest
+	17, // 35: choiros.agent.v1.SandboxService.WatchSandboxes:input_type -> choiros.agent.v1.WatchSandboxesRequest
+	19, // 36: choiros.agent.v1.SandboxService.TouchSandbox:input_type -> choiros.agent.v1.TouchSandboxRequest
+	21, // 37: choiros.agent.v1.SandboxService.UpdateSandbox:input_type -> choiros.agent.v1.UpdateSandboxRequest
+	23, // 38: choiros.agent.v1.SandboxService.StreamSandboxLogs:input_type -> choiros.agent.v1.StreamSandboxLogsRequest
+	2,  // 39: choiros.agent.v1.SandboxService.CreateSandbox:output_type -> choiros.agent.v1.CreateSandboxResponse
+	4,  // 40: choiros.agent.v1.SandboxService.EnsureSandbox:output_type -> choiros.agent.v1.EnsureSandboxResponse
+	6,  // 41: choiros.agent.v1.SandboxService.StartSandbox:output_type -> choiros.agent.v1.StartSandboxResponse
+	8,  // 42: choiros.agent.v1.SandboxService.StopSandbox:output_type -> choiros.agent.v1.StopSandboxResponse
+	10, // 43: choiros.agent.v1.SandboxService.RestartSandbox:output_type -> choiros.agent.v1.RestartSandboxResponse
+	12, // 44: choiros.agent.v1.SandboxService.DeleteSandbox:output_type -> choiros.agent.v1.DeleteSandboxResponse
+	14, // 45: choiros.agent.v1.SandboxService.GetSandbox:output_type -> choiros.agent.v1.GetSandboxResponse
+	16, // 46: choiros.agent.v1.SandboxService.ListSandboxes:output_type -> choiros.agent.v1.ListSandboxesResponse
+	18, // 47: choiros.agent.v1.SandboxService.WatchSandboxes:output_type -> choiros.agent.v1.WatchSandboxesResponse
+	20, // 48: choiros.agent.v1.SandboxService.TouchSandbox:output_type -> choiros.agent.v1.TouchSandboxResponse
+	22, // 49: choiros.agent.v1.SandboxService.UpdateSandbox:output_type -> choiros.agent.v1.UpdateSandboxResponse
+	24, // 50: choiros.agent.v1.SandboxService.StreamSandboxLogs:output_type -> choiros.agent.v1.StreamSandboxLogsResponse
+	39, // [39:51] is the sub-list for method output_type
+	27, // [27:39] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_choiros_agent_v1_sandbox_service_proto_init() }
@@ -1762,7 +1810,7 @@ func file_choiros_agent_v1_sandbox_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_agent_v1_sandbox_service_proto_rawDesc), len(file_choiros_agent_v1_sandbox_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   26,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
