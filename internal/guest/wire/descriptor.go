@@ -85,7 +85,7 @@ func (c *Conn) finishMessage(n int, m proto.Message) error {
 	if err != nil {
 		return err
 	}
-	return decode(kind, payload, m)
+	return decodeFrame(kind, payload, m)
 }
 
 // descriptor takes the first descriptor of control messages and closes others.

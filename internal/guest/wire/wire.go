@@ -45,10 +45,23 @@ type Kind byte
 
 // The kinds of frame.
 const (
+	// KindMessage is a Request or a Response.
 	KindMessage Kind = iota
 	KindData
 	KindStderr
+	// KindEvent is any other message. It has a kind of its own so that a
+	// Response in its place, which ends a stream, is not mistaken for it.
+	KindEvent
 )
+
+// kindOf is the kind of frame that a message goes in.
+func kindOf(m proto.Message) Kind {
+	switch m.(type) {
+	case *guestv1.Request, *guestv1.Response:
+		return KindMessage
+	}
+	return KindEvent
+}
 
 // ErrProtocol is wrapped by errors about a peer that does not keep to the
 // protocol.
@@ -93,7 +106,7 @@ func (c *Conn) appendMessage(m proto.Message) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return frame, putHeader(frame, KindMessage)
+	return frame, putHeader(frame, kindOf(m))
 }
 
 func putHeader(frame []byte, kind Kind) error {
@@ -151,7 +164,7 @@ func (c *Conn) Receive() (Kind, []byte, error) {
 func (c *Conn) receivePayload() (Kind, []byte, error) {
 	size, kind := int(binary.BigEndian.Uint32(c.header[:])), Kind(c.header[4])
 	switch {
-	case kind > KindStderr:
+	case kind > KindEvent:
 		return 0, nil, fmt.Errorf("%w: a frame of kind %d", ErrProtocol, kind)
 	case size > c.limit:
 		return 0, nil, fmt.Errorf("%w: a frame of %d bytes, where the most is %d", ErrProtocol, size, c.limit)
@@ -183,19 +196,40 @@ func unexpected(err error) error {
 }
 
 // ReceiveMessage receives a message; a raw frame in its place is an error that
-// wraps ErrProtocol.
+// wraps ErrProtocol. A Response in the place of another message ends the stream
+// with that Response's failure.
 func (c *Conn) ReceiveMessage(m proto.Message) error {
 	kind, payload, err := c.Receive()
 	if err != nil {
 		return err
 	}
-	return decode(kind, payload, m)
+	return decodeFrame(kind, payload, m)
 }
 
-func decode(kind Kind, payload []byte, m proto.Message) error {
-	if kind != KindMessage {
-		return fmt.Errorf("%w: bytes where a message should be", ErrProtocol)
+func decodeFrame(kind Kind, payload []byte, m proto.Message) error {
+	switch {
+	case kind == kindOf(m):
+		return Decode(payload, m)
+	case kind == KindMessage:
+		return Ending(payload)
 	}
+	return fmt.Errorf("%w: a frame of kind %d where a message should be", ErrProtocol, kind)
+}
+
+// Ending is the error of a stream that a Response, of this payload, has ended.
+func Ending(payload []byte) error {
+	var response guestv1.Response
+	if err := Decode(payload, &response); err != nil {
+		return err
+	}
+	if response.GetFailure() == nil {
+		return fmt.Errorf("%w: an answer in the middle of a stream", ErrProtocol)
+	}
+	return &FailureError{response.GetFailure()}
+}
+
+// Decode reads the payload of a message's frame.
+func Decode(payload []byte, m proto.Message) error {
 	if err := proto.Unmarshal(payload, m); err != nil {
 		return fmt.Errorf("%w: a message that cannot be read", ErrProtocol)
 	}
@@ -255,17 +289,10 @@ func (r *reader) next() ([]byte, error) {
 		return nil, io.EOF
 	case kind == KindData:
 		return payload, nil
-	case kind == KindStderr:
-		return nil, fmt.Errorf("%w: standard error where a file should be", ErrProtocol)
+	case kind == KindMessage:
+		return nil, Ending(payload)
 	}
-	var response guestv1.Response
-	if err := decode(kind, payload, &response); err != nil {
-		return nil, err
-	}
-	if response.GetFailure() == nil {
-		return nil, fmt.Errorf("%w: an answer in the middle of a stream", ErrProtocol)
-	}
-	return nil, &FailureError{response.GetFailure()}
+	return nil, fmt.Errorf("%w: a frame of kind %d where bytes should be", ErrProtocol, kind)
 }
 
 // FailureError is what the other side said went wrong.

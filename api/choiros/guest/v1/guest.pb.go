@@ -9,10 +9,11 @@
 // own flow control, and neither side can fill the other's memory.
 //
 // On the wire everything is a frame: the length of the payload (4 bytes, big
-// endian, at most 8 MiB), the kind (1 byte), the payload. Kind 0 is a message
-// of this file; kind 1 is raw bytes of the call's stream (an exec's input or
-// output, a file, an archive), kind 2 an exec's standard error. An empty raw
-// frame ends its stream.
+// endian, at most 8 MiB), the kind (1 byte), the payload. Kind 0 is a Request or a
+// Response; kind 1 is raw bytes of the call's stream (an exec's input or
+// output, a file, an archive), kind 2 an exec's standard error; kind 3 is any
+// other message of this file. An empty raw frame ends its stream, and so does a
+// Response with a failure in the place of anything else.
 //
 // Versions. Request.protocol and Response.protocol are the sender's. A message
 // may gain fields and Request may gain calls; guestd answers a call that it
@@ -222,7 +223,7 @@ func (x FileInfo_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use FileInfo_Kind.Descriptor instead.
 func (FileInfo_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{32, 0}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{33, 0}
 }
 
 // Kind of change.
@@ -275,7 +276,7 @@ func (x FileChange_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use FileChange_Kind.Descriptor instead.
 func (FileChange_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{43, 0}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{44, 0}
 }
 
 // Request begins a connection.
@@ -695,6 +696,7 @@ type Response struct {
 	//	*Response_File
 	//	*Response_Files
 	//	*Response_Transferred
+	//	*Response_SecretsUpdated
 	Result        isResponse_Result `protobuf_oneof:"result"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -814,6 +816,15 @@ func (x *Response) GetTransferred() *Transferred {
 	return nil
 }
 
+func (x *Response) GetSecretsUpdated() *SecretsUpdated {
+	if x != nil {
+		if x, ok := x.Result.(*Response_SecretsUpdated); ok {
+			return x.SecretsUpdated
+		}
+	}
+	return nil
+}
+
 type isResponse_Result interface {
 	isResponse_Result()
 }
@@ -846,6 +857,10 @@ type Response_Transferred struct {
 	Transferred *Transferred `protobuf:"bytes,9,opt,name=transferred,proto3,oneof"`
 }
 
+type Response_SecretsUpdated struct {
+	SecretsUpdated *SecretsUpdated `protobuf:"bytes,10,opt,name=secrets_updated,json=secretsUpdated,proto3,oneof"`
+}
+
 func (*Response_Greeting) isResponse_Result() {}
 
 func (*Response_Configured) isResponse_Result() {}
@@ -859,6 +874,8 @@ func (*Response_File) isResponse_Result() {}
 func (*Response_Files) isResponse_Result() {}
 
 func (*Response_Transferred) isResponse_Result() {}
+
+func (*Response_SecretsUpdated) isResponse_Result() {}
 
 // Failure is what went wrong.
 type Failure struct {
@@ -2196,14 +2213,16 @@ func (x *SignalExec) GetSignal() int32 {
 	return 0
 }
 
-// UpdateSecrets replaces the secrets that it names; the Response acknowledges
-// it. Files are replaced in one step each; environment is for what is started
-// from then on.
+// UpdateSecrets replaces the secrets that it names; the Response,
+// SecretsUpdated, acknowledges it. Files are replaced in one step each;
+// environment is for what is started from then on.
 type UpdateSecrets struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Secrets []*Secret              `protobuf:"bytes,1,rep,name=secrets,proto3" json:"secrets,omitempty"`
-	// Sent to the workload afterwards; 0: none.
-	Signal        int32 `protobuf:"varint,2,opt,name=signal,proto3" json:"signal,omitempty"`
+	// Sent to the workload afterwards if anything changed; 0: none.
+	Signal int32 `protobuf:"varint,2,opt,name=signal,proto3" json:"signal,omitempty"`
+	// Send it also if nothing changed.
+	AlwaysSignal  bool `protobuf:"varint,3,opt,name=always_signal,json=alwaysSignal,proto3" json:"always_signal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2252,6 +2271,59 @@ func (x *UpdateSecrets) GetSignal() int32 {
 	return 0
 }
 
+func (x *UpdateSecrets) GetAlwaysSignal() bool {
+	if x != nil {
+		return x.AlwaysSignal
+	}
+	return false
+}
+
+// SecretsUpdated is the answer to UpdateSecrets.
+type SecretsUpdated struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The names of those whose values were others before, or that are new.
+	Changed       []string `protobuf:"bytes,1,rep,name=changed,proto3" json:"changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SecretsUpdated) Reset() {
+	*x = SecretsUpdated{}
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SecretsUpdated) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SecretsUpdated) ProtoMessage() {}
+
+func (x *SecretsUpdated) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SecretsUpdated.ProtoReflect.Descriptor instead.
+func (*SecretsUpdated) Descriptor() ([]byte, []int) {
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *SecretsUpdated) GetChanged() []string {
+	if x != nil {
+		return x.Changed
+	}
+	return nil
+}
+
 // Connect opens a connection inside. With pass_descriptor the Response comes
 // with one descriptor (SCM_RIGHTS), a connected socket, and the connection is
 // over. Without, what follows the Response is the connection itself, unframed;
@@ -2267,7 +2339,7 @@ type Connect struct {
 
 func (x *Connect) Reset() {
 	*x = Connect{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[24]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2279,7 +2351,7 @@ func (x *Connect) String() string {
 func (*Connect) ProtoMessage() {}
 
 func (x *Connect) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[24]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2292,7 +2364,7 @@ func (x *Connect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Connect.ProtoReflect.Descriptor instead.
 func (*Connect) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{24}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Connect) GetPort() uint32 {
@@ -2325,7 +2397,7 @@ type WatchPorts struct {
 
 func (x *WatchPorts) Reset() {
 	*x = WatchPorts{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[25]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2337,7 +2409,7 @@ func (x *WatchPorts) String() string {
 func (*WatchPorts) ProtoMessage() {}
 
 func (x *WatchPorts) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[25]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2350,7 +2422,7 @@ func (x *WatchPorts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchPorts.ProtoReflect.Descriptor instead.
 func (*WatchPorts) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{25}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{26}
 }
 
 // Ports are those on which something listens inside; at most 256.
@@ -2365,7 +2437,7 @@ type Ports struct {
 
 func (x *Ports) Reset() {
 	*x = Ports{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[26]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2377,7 +2449,7 @@ func (x *Ports) String() string {
 func (*Ports) ProtoMessage() {}
 
 func (x *Ports) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[26]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2390,7 +2462,7 @@ func (x *Ports) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ports.ProtoReflect.Descriptor instead.
 func (*Ports) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{26}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Ports) GetListeners() []*Listener {
@@ -2422,7 +2494,7 @@ type Listener struct {
 
 func (x *Listener) Reset() {
 	*x = Listener{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[27]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2434,7 +2506,7 @@ func (x *Listener) String() string {
 func (*Listener) ProtoMessage() {}
 
 func (x *Listener) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[27]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2447,7 +2519,7 @@ func (x *Listener) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Listener.ProtoReflect.Descriptor instead.
 func (*Listener) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{27}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Listener) GetAddress() string {
@@ -2489,7 +2561,7 @@ type WatchStats struct {
 
 func (x *WatchStats) Reset() {
 	*x = WatchStats{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[28]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2573,7 @@ func (x *WatchStats) String() string {
 func (*WatchStats) ProtoMessage() {}
 
 func (x *WatchStats) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[28]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2586,7 @@ func (x *WatchStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStats.ProtoReflect.Descriptor instead.
 func (*WatchStats) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WatchStats) GetIntervalMillis() uint32 {
@@ -2556,7 +2628,7 @@ type Stats struct {
 
 func (x *Stats) Reset() {
 	*x = Stats{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2568,7 +2640,7 @@ func (x *Stats) String() string {
 func (*Stats) ProtoMessage() {}
 
 func (x *Stats) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2581,7 +2653,7 @@ func (x *Stats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stats.ProtoReflect.Descriptor instead.
 func (*Stats) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Stats) GetTime() *timestamppb.Timestamp {
@@ -2695,7 +2767,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[30]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2707,7 +2779,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[30]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2720,7 +2792,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Process) GetPid() int32 {
@@ -2761,7 +2833,7 @@ type SetTime struct {
 
 func (x *SetTime) Reset() {
 	*x = SetTime{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[31]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2773,7 +2845,7 @@ func (x *SetTime) String() string {
 func (*SetTime) ProtoMessage() {}
 
 func (x *SetTime) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[31]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2786,7 +2858,7 @@ func (x *SetTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTime.ProtoReflect.Descriptor instead.
 func (*SetTime) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SetTime) GetTime() *timestamppb.Timestamp {
@@ -2816,7 +2888,7 @@ type FileInfo struct {
 
 func (x *FileInfo) Reset() {
 	*x = FileInfo{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[32]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2828,7 +2900,7 @@ func (x *FileInfo) String() string {
 func (*FileInfo) ProtoMessage() {}
 
 func (x *FileInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[32]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2841,7 +2913,7 @@ func (x *FileInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileInfo.ProtoReflect.Descriptor instead.
 func (*FileInfo) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{32}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *FileInfo) GetName() string {
@@ -2910,7 +2982,7 @@ type StatFile struct {
 
 func (x *StatFile) Reset() {
 	*x = StatFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[33]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2922,7 +2994,7 @@ func (x *StatFile) String() string {
 func (*StatFile) ProtoMessage() {}
 
 func (x *StatFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[33]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2935,7 +3007,7 @@ func (x *StatFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatFile.ProtoReflect.Descriptor instead.
 func (*StatFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{33}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *StatFile) GetPath() string {
@@ -2959,7 +3031,7 @@ type ListFiles struct {
 
 func (x *ListFiles) Reset() {
 	*x = ListFiles{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2971,7 +3043,7 @@ func (x *ListFiles) String() string {
 func (*ListFiles) ProtoMessage() {}
 
 func (x *ListFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2984,7 +3056,7 @@ func (x *ListFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFiles.ProtoReflect.Descriptor instead.
 func (*ListFiles) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{34}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListFiles) GetPath() string {
@@ -3018,7 +3090,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3030,7 +3102,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3043,7 +3115,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{35}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Files) GetFiles() []*FileInfo {
@@ -3074,7 +3146,7 @@ type ReadFile struct {
 
 func (x *ReadFile) Reset() {
 	*x = ReadFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3086,7 +3158,7 @@ func (x *ReadFile) String() string {
 func (*ReadFile) ProtoMessage() {}
 
 func (x *ReadFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3099,7 +3171,7 @@ func (x *ReadFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFile.ProtoReflect.Descriptor instead.
 func (*ReadFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{36}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ReadFile) GetPath() string {
@@ -3139,7 +3211,7 @@ type WriteFile struct {
 
 func (x *WriteFile) Reset() {
 	*x = WriteFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3151,7 +3223,7 @@ func (x *WriteFile) String() string {
 func (*WriteFile) ProtoMessage() {}
 
 func (x *WriteFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3164,7 +3236,7 @@ func (x *WriteFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFile.ProtoReflect.Descriptor instead.
 func (*WriteFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{37}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *WriteFile) GetPath() string {
@@ -3202,7 +3274,7 @@ type Pack struct {
 
 func (x *Pack) Reset() {
 	*x = Pack{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3214,7 +3286,7 @@ func (x *Pack) String() string {
 func (*Pack) ProtoMessage() {}
 
 func (x *Pack) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3227,7 +3299,7 @@ func (x *Pack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pack.ProtoReflect.Descriptor instead.
 func (*Pack) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{38}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Pack) GetPath() string {
@@ -3261,7 +3333,7 @@ type Unpack struct {
 
 func (x *Unpack) Reset() {
 	*x = Unpack{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3273,7 +3345,7 @@ func (x *Unpack) String() string {
 func (*Unpack) ProtoMessage() {}
 
 func (x *Unpack) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3286,7 +3358,7 @@ func (x *Unpack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unpack.ProtoReflect.Descriptor instead.
 func (*Unpack) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{39}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Unpack) GetPath() string {
@@ -3321,7 +3393,7 @@ type Transferred struct {
 
 func (x *Transferred) Reset() {
 	*x = Transferred{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3333,7 +3405,7 @@ func (x *Transferred) String() string {
 func (*Transferred) ProtoMessage() {}
 
 func (x *Transferred) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3346,7 +3418,7 @@ func (x *Transferred) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transferred.ProtoReflect.Descriptor instead.
 func (*Transferred) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{40}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Transferred) GetFiles() uint64 {
@@ -3375,7 +3447,7 @@ type WatchFiles struct {
 
 func (x *WatchFiles) Reset() {
 	*x = WatchFiles{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3387,7 +3459,7 @@ func (x *WatchFiles) String() string {
 func (*WatchFiles) ProtoMessage() {}
 
 func (x *WatchFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3400,7 +3472,7 @@ func (x *WatchFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFiles.ProtoReflect.Descriptor instead.
 func (*WatchFiles) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{41}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *WatchFiles) GetPath() string {
@@ -3429,7 +3501,7 @@ type FileChanges struct {
 
 func (x *FileChanges) Reset() {
 	*x = FileChanges{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3441,7 +3513,7 @@ func (x *FileChanges) String() string {
 func (*FileChanges) ProtoMessage() {}
 
 func (x *FileChanges) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3454,7 +3526,7 @@ func (x *FileChanges) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileChanges.ProtoReflect.Descriptor instead.
 func (*FileChanges) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{42}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *FileChanges) GetChanges() []*FileChange {
@@ -3482,7 +3554,7 @@ type FileChange struct {
 
 func (x *FileChange) Reset() {
 	*x = FileChange{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3494,7 +3566,7 @@ func (x *FileChange) String() string {
 func (*FileChange) ProtoMessage() {}
 
 func (x *FileChange) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3507,7 +3579,7 @@ func (x *FileChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileChange.ProtoReflect.Descriptor instead.
 func (*FileChange) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{43}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *FileChange) GetPath() string {
@@ -3535,7 +3607,7 @@ type RemoveFile struct {
 
 func (x *RemoveFile) Reset() {
 	*x = RemoveFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3547,7 +3619,7 @@ func (x *RemoveFile) String() string {
 func (*RemoveFile) ProtoMessage() {}
 
 func (x *RemoveFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3560,7 +3632,7 @@ func (x *RemoveFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveFile.ProtoReflect.Descriptor instead.
 func (*RemoveFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{44}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RemoveFile) GetPath() string {
@@ -3589,7 +3661,7 @@ type MakeFolder struct {
 
 func (x *MakeFolder) Reset() {
 	*x = MakeFolder{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3601,7 +3673,7 @@ func (x *MakeFolder) String() string {
 func (*MakeFolder) ProtoMessage() {}
 
 func (x *MakeFolder) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3614,7 +3686,7 @@ func (x *MakeFolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeFolder.ProtoReflect.Descriptor instead.
 func (*MakeFolder) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{45}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *MakeFolder) GetPath() string {
@@ -3678,7 +3750,7 @@ const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"removeFile\x12?\n" +
 	"\vmake_folder\x18\x16 \x01(\v2\x1c.choiros.guest.v1.MakeFolderH\x00R\n" +
 	"makeFolderB\x06\n" +
-	"\x04call\"\xfa\x03\n" +
+	"\x04call\"\xc7\x04\n" +
 	"\bResponse\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x123\n" +
 	"\afailure\x18\x02 \x01(\v2\x19.choiros.guest.v1.FailureR\afailure\x128\n" +
@@ -3690,7 +3762,9 @@ const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"\x05execs\x18\x06 \x01(\v2\x17.choiros.guest.v1.ExecsH\x00R\x05execs\x120\n" +
 	"\x04file\x18\a \x01(\v2\x1a.choiros.guest.v1.FileInfoH\x00R\x04file\x12/\n" +
 	"\x05files\x18\b \x01(\v2\x17.choiros.guest.v1.FilesH\x00R\x05files\x12A\n" +
-	"\vtransferred\x18\t \x01(\v2\x1d.choiros.guest.v1.TransferredH\x00R\vtransferredB\b\n" +
+	"\vtransferred\x18\t \x01(\v2\x1d.choiros.guest.v1.TransferredH\x00R\vtransferred\x12K\n" +
+	"\x0fsecrets_updated\x18\n" +
+	" \x01(\v2 .choiros.guest.v1.SecretsUpdatedH\x00R\x0esecretsUpdatedB\b\n" +
 	"\x06result\"\x8c\x02\n" +
 	"\aFailure\x122\n" +
 	"\x04code\x18\x01 \x01(\x0e2\x1e.choiros.guest.v1.Failure.CodeR\x04code\x12\x18\n" +
@@ -3801,10 +3875,13 @@ const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"SignalExec\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06signal\x18\x02 \x01(\x05R\x06signal\"[\n" +
+	"\x06signal\x18\x02 \x01(\x05R\x06signal\"\x80\x01\n" +
 	"\rUpdateSecrets\x122\n" +
 	"\asecrets\x18\x01 \x03(\v2\x18.choiros.guest.v1.SecretR\asecrets\x12\x16\n" +
-	"\x06signal\x18\x02 \x01(\x05R\x06signal\"X\n" +
+	"\x06signal\x18\x02 \x01(\x05R\x06signal\x12#\n" +
+	"\ralways_signal\x18\x03 \x01(\bR\falwaysSignal\"*\n" +
+	"\x0eSecretsUpdated\x12\x18\n" +
+	"\achanged\x18\x01 \x03(\tR\achanged\"X\n" +
 	"\aConnect\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\rR\x04port\x12\x10\n" +
 	"\x03udp\x18\x02 \x01(\bR\x03udp\x12'\n" +
@@ -3928,7 +4005,7 @@ func file_choiros_guest_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_choiros_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_choiros_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_choiros_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_choiros_guest_v1_guest_proto_goTypes = []any{
 	(Failure_Code)(0),             // 0: choiros.guest.v1.Failure.Code
 	(Greeting_Phase)(0),           // 1: choiros.guest.v1.Greeting.Phase
@@ -3958,31 +4035,32 @@ var file_choiros_guest_v1_guest_proto_goTypes = []any{
 	(*ExecInfo)(nil),              // 25: choiros.guest.v1.ExecInfo
 	(*SignalExec)(nil),            // 26: choiros.guest.v1.SignalExec
 	(*UpdateSecrets)(nil),         // 27: choiros.guest.v1.UpdateSecrets
-	(*Connect)(nil),               // 28: choiros.guest.v1.Connect
-	(*WatchPorts)(nil),            // 29: choiros.guest.v1.WatchPorts
-	(*Ports)(nil),                 // 30: choiros.guest.v1.Ports
-	(*Listener)(nil),              // 31: choiros.guest.v1.Listener
-	(*WatchStats)(nil),            // 32: choiros.guest.v1.WatchStats
-	(*Stats)(nil),                 // 33: choiros.guest.v1.Stats
-	(*Process)(nil),               // 34: choiros.guest.v1.Process
-	(*SetTime)(nil),               // 35: choiros.guest.v1.SetTime
-	(*FileInfo)(nil),              // 36: choiros.guest.v1.FileInfo
-	(*StatFile)(nil),              // 37: choiros.guest.v1.StatFile
-	(*ListFiles)(nil),             // 38: choiros.guest.v1.ListFiles
-	(*Files)(nil),                 // 39: choiros.guest.v1.Files
-	(*ReadFile)(nil),              // 40: choiros.guest.v1.ReadFile
-	(*WriteFile)(nil),             // 41: choiros.guest.v1.WriteFile
-	(*Pack)(nil),                  // 42: choiros.guest.v1.Pack
-	(*Unpack)(nil),                // 43: choiros.guest.v1.Unpack
-	(*Transferred)(nil),           // 44: choiros.guest.v1.Transferred
-	(*WatchFiles)(nil),            // 45: choiros.guest.v1.WatchFiles
-	(*FileChanges)(nil),           // 46: choiros.guest.v1.FileChanges
-	(*FileChange)(nil),            // 47: choiros.guest.v1.FileChange
-	(*RemoveFile)(nil),            // 48: choiros.guest.v1.RemoveFile
-	(*MakeFolder)(nil),            // 49: choiros.guest.v1.MakeFolder
-	nil,                           // 50: choiros.guest.v1.Configure.EnvEntry
-	nil,                           // 51: choiros.guest.v1.Exec.EnvEntry
-	(*timestamppb.Timestamp)(nil), // 52: google.protobuf.Timestamp
+	(*SecretsUpdated)(nil),        // 28: choiros.guest.v1.SecretsUpdated
+	(*Connect)(nil),               // 29: choiros.guest.v1.Connect
+	(*WatchPorts)(nil),            // 30: choiros.guest.v1.WatchPorts
+	(*Ports)(nil),                 // 31: choiros.guest.v1.Ports
+	(*Listener)(nil),              // 32: choiros.guest.v1.Listener
+	(*WatchStats)(nil),            // 33: choiros.guest.v1.WatchStats
+	(*Stats)(nil),                 // 34: choiros.guest.v1.Stats
+	(*Process)(nil),               // 35: choiros.guest.v1.Process
+	(*SetTime)(nil),               // 36: choiros.guest.v1.SetTime
+	(*FileInfo)(nil),              // 37: choiros.guest.v1.FileInfo
+	(*StatFile)(nil),              // 38: choiros.guest.v1.StatFile
+	(*ListFiles)(nil),             // 39: choiros.guest.v1.ListFiles
+	(*Files)(nil),                 // 40: choiros.guest.v1.Files
+	(*ReadFile)(nil),              // 41: choiros.guest.v1.ReadFile
+	(*WriteFile)(nil),             // 42: choiros.guest.v1.WriteFile
+	(*Pack)(nil),                  // 43: choiros.guest.v1.Pack
+	(*Unpack)(nil),                // 44: choiros.guest.v1.Unpack
+	(*Transferred)(nil),           // 45: choiros.guest.v1.Transferred
+	(*WatchFiles)(nil),            // 46: choiros.guest.v1.WatchFiles
+	(*FileChanges)(nil),           // 47: choiros.guest.v1.FileChanges
+	(*FileChange)(nil),            // 48: choiros.guest.v1.FileChange
+	(*RemoveFile)(nil),            // 49: choiros.guest.v1.RemoveFile
+	(*MakeFolder)(nil),            // 50: choiros.guest.v1.MakeFolder
+	nil,                           // 51: choiros.guest.v1.Configure.EnvEntry
+	nil,                           // 52: choiros.guest.v1.Exec.EnvEntry
+	(*timestamppb.Timestamp)(nil), // 53: google.protobuf.Timestamp
 }
 var file_choiros_guest_v1_guest_proto_depIdxs = []int32{
 	7,  // 0: choiros.guest.v1.Request.hello:type_name -> choiros.guest.v1.Hello
@@ -3993,56 +4071,57 @@ var file_choiros_guest_v1_guest_proto_depIdxs = []int32{
 	23, // 5: choiros.guest.v1.Request.list_execs:type_name -> choiros.guest.v1.ListExecs
 	26, // 6: choiros.guest.v1.Request.signal_exec:type_name -> choiros.guest.v1.SignalExec
 	27, // 7: choiros.guest.v1.Request.update_secrets:type_name -> choiros.guest.v1.UpdateSecrets
-	28, // 8: choiros.guest.v1.Request.connect:type_name -> choiros.guest.v1.Connect
-	29, // 9: choiros.guest.v1.Request.watch_ports:type_name -> choiros.guest.v1.WatchPorts
-	32, // 10: choiros.guest.v1.Request.watch_stats:type_name -> choiros.guest.v1.WatchStats
-	35, // 11: choiros.guest.v1.Request.set_time:type_name -> choiros.guest.v1.SetTime
-	37, // 12: choiros.guest.v1.Request.stat_file:type_name -> choiros.guest.v1.StatFile
-	38, // 13: choiros.guest.v1.Request.list_files:type_name -> choiros.guest.v1.ListFiles
-	40, // 14: choiros.guest.v1.Request.read_file:type_name -> choiros.guest.v1.ReadFile
-	41, // 15: choiros.guest.v1.Request.write_file:type_name -> choiros.guest.v1.WriteFile
-	42, // 16: choiros.guest.v1.Request.pack:type_name -> choiros.guest.v1.Pack
-	43, // 17: choiros.guest.v1.Request.unpack:type_name -> choiros.guest.v1.Unpack
-	45, // 18: choiros.guest.v1.Request.watch_files:type_name -> choiros.guest.v1.WatchFiles
-	48, // 19: choiros.guest.v1.Request.remove_file:type_name -> choiros.guest.v1.RemoveFile
-	49, // 20: choiros.guest.v1.Request.make_folder:type_name -> choiros.guest.v1.MakeFolder
+	29, // 8: choiros.guest.v1.Request.connect:type_name -> choiros.guest.v1.Connect
+	30, // 9: choiros.guest.v1.Request.watch_ports:type_name -> choiros.guest.v1.WatchPorts
+	33, // 10: choiros.guest.v1.Request.watch_stats:type_name -> choiros.guest.v1.WatchStats
+	36, // 11: choiros.guest.v1.Request.set_time:type_name -> choiros.guest.v1.SetTime
+	38, // 12: choiros.guest.v1.Request.stat_file:type_name -> choiros.guest.v1.StatFile
+	39, // 13: choiros.guest.v1.Request.list_files:type_name -> choiros.guest.v1.ListFiles
+	41, // 14: choiros.guest.v1.Request.read_file:type_name -> choiros.guest.v1.ReadFile
+	42, // 15: choiros.guest.v1.Request.write_file:type_name -> choiros.guest.v1.WriteFile
+	43, // 16: choiros.guest.v1.Request.pack:type_name -> choiros.guest.v1.Pack
+	44, // 17: choiros.guest.v1.Request.unpack:type_name -> choiros.guest.v1.Unpack
+	46, // 18: choiros.guest.v1.Request.watch_files:type_name -> choiros.guest.v1.WatchFiles
+	49, // 19: choiros.guest.v1.Request.remove_file:type_name -> choiros.guest.v1.RemoveFile
+	50, // 20: choiros.guest.v1.Request.make_folder:type_name -> choiros.guest.v1.MakeFolder
 	6,  // 21: choiros.guest.v1.Response.failure:type_name -> choiros.guest.v1.Failure
 	8,  // 22: choiros.guest.v1.Response.greeting:type_name -> choiros.guest.v1.Greeting
 	11, // 23: choiros.guest.v1.Response.configured:type_name -> choiros.guest.v1.Configured
 	19, // 24: choiros.guest.v1.Response.exec_started:type_name -> choiros.guest.v1.ExecStarted
 	24, // 25: choiros.guest.v1.Response.execs:type_name -> choiros.guest.v1.Execs
-	36, // 26: choiros.guest.v1.Response.file:type_name -> choiros.guest.v1.FileInfo
-	39, // 27: choiros.guest.v1.Response.files:type_name -> choiros.guest.v1.Files
-	44, // 28: choiros.guest.v1.Response.transferred:type_name -> choiros.guest.v1.Transferred
-	0,  // 29: choiros.guest.v1.Failure.code:type_name -> choiros.guest.v1.Failure.Code
-	1,  // 30: choiros.guest.v1.Greeting.phase:type_name -> choiros.guest.v1.Greeting.Phase
-	50, // 31: choiros.guest.v1.Configure.env:type_name -> choiros.guest.v1.Configure.EnvEntry
-	10, // 32: choiros.guest.v1.Configure.secrets:type_name -> choiros.guest.v1.Secret
-	52, // 33: choiros.guest.v1.Configure.time:type_name -> google.protobuf.Timestamp
-	13, // 34: choiros.guest.v1.AwaitReady.http:type_name -> choiros.guest.v1.HttpProbe
-	14, // 35: choiros.guest.v1.AwaitReady.tcp:type_name -> choiros.guest.v1.TcpProbe
-	15, // 36: choiros.guest.v1.AwaitReady.exec:type_name -> choiros.guest.v1.ExecProbe
-	51, // 37: choiros.guest.v1.Exec.env:type_name -> choiros.guest.v1.Exec.EnvEntry
-	18, // 38: choiros.guest.v1.Exec.size:type_name -> choiros.guest.v1.TerminalSize
-	18, // 39: choiros.guest.v1.ExecInput.resize:type_name -> choiros.guest.v1.TerminalSize
-	25, // 40: choiros.guest.v1.Execs.execs:type_name -> choiros.guest.v1.ExecInfo
-	52, // 41: choiros.guest.v1.ExecInfo.start_time:type_name -> google.protobuf.Timestamp
-	21, // 42: choiros.guest.v1.ExecInfo.exit:type_name -> choiros.guest.v1.ExecExit
-	10, // 43: choiros.guest.v1.UpdateSecrets.secrets:type_name -> choiros.guest.v1.Secret
-	31, // 44: choiros.guest.v1.Ports.listeners:type_name -> choiros.guest.v1.Listener
-	52, // 45: choiros.guest.v1.Stats.time:type_name -> google.protobuf.Timestamp
-	34, // 46: choiros.guest.v1.Stats.top:type_name -> choiros.guest.v1.Process
-	52, // 47: choiros.guest.v1.SetTime.time:type_name -> google.protobuf.Timestamp
-	2,  // 48: choiros.guest.v1.FileInfo.kind:type_name -> choiros.guest.v1.FileInfo.Kind
-	52, // 49: choiros.guest.v1.FileInfo.modify_time:type_name -> google.protobuf.Timestamp
-	36, // 50: choiros.guest.v1.Files.files:type_name -> choiros.guest.v1.FileInfo
-	47, // 51: choiros.guest.v1.FileChanges.changes:type_name -> choiros.guest.v1.FileChange
-	3,  // 52: choiros.guest.v1.FileChange.kind:type_name -> choiros.guest.v1.FileChange.Kind
-	53, // [53:53] is the sub-list for method output_type
-	53, // [53:53] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	37, // 26: choiros.guest.v1.Response.file:type_name -> choiros.guest.v1.FileInfo
+	40, // 27: choiros.guest.v1.Response.files:type_name -> choiros.guest.v1.Files
+	45, // 28: choiros.guest.v1.Response.transferred:type_name -> choiros.guest.v1.Transferred
+	28, // 29: choiros.guest.v1.Response.secrets_updated:type_name -> choiros.guest.v1.SecretsUpdated
+	0,  // 30: choiros.guest.v1.Failure.code:type_name -> choiros.guest.v1.Failure.Code
+	1,  // 31: choiros.guest.v1.Greeting.phase:type_name -> choiros.guest.v1.Greeting.Phase
+	51, // 32: choiros.guest.v1.Configure.env:type_name -> choiros.guest.v1.Configure.EnvEntry
+	10, // 33: choiros.guest.v1.Configure.secrets:type_name -> choiros.guest.v1.Secret
+	53, // 34: choiros.guest.v1.Configure.time:type_name -> google.protobuf.Timestamp
+	13, // 35: choiros.guest.v1.AwaitReady.http:type_name -> choiros.guest.v1.HttpProbe
+	14, // 36: choiros.guest.v1.AwaitReady.tcp:type_name -> choiros.guest.v1.TcpProbe
+	15, // 37: choiros.guest.v1.AwaitReady.exec:type_name -> choiros.guest.v1.ExecProbe
+	52, // 38: choiros.guest.v1.Exec.env:type_name -> choiros.guest.v1.Exec.EnvEntry
+	18, // 39: choiros.guest.v1.Exec.size:type_name -> choiros.guest.v1.TerminalSize
+	18, // 40: choiros.guest.v1.ExecInput.resize:type_name -> choiros.guest.v1.TerminalSize
+	25, // 41: choiros.guest.v1.Execs.execs:type_name -> choiros.guest.v1.ExecInfo
+	53, // 42: choiros.guest.v1.ExecInfo.start_time:type_name -> google.protobuf.Timestamp
+	21, // 43: choiros.guest.v1.ExecInfo.exit:type_name -> choiros.guest.v1.ExecExit
+	10, // 44: choiros.guest.v1.UpdateSecrets.secrets:type_name -> choiros.guest.v1.Secret
+	32, // 45: choiros.guest.v1.Ports.listeners:type_name -> choiros.guest.v1.Listener
+	53, // 46: choiros.guest.v1.Stats.time:type_name -> google.protobuf.Timestamp
+	35, // 47: choiros.guest.v1.Stats.top:type_name -> choiros.guest.v1.Process
+	53, // 48: choiros.guest.v1.SetTime.time:type_name -> google.protobuf.Timestamp
+	2,  // 49: choiros.guest.v1.FileInfo.kind:type_name -> choiros.guest.v1.FileInfo.Kind
+	53, // 50: choiros.guest.v1.FileInfo.modify_time:type_name -> google.protobuf.Timestamp
+	37, // 51: choiros.guest.v1.Files.files:type_name -> choiros.guest.v1.FileInfo
+	48, // 52: choiros.guest.v1.FileChanges.changes:type_name -> choiros.guest.v1.FileChange
+	3,  // 53: choiros.guest.v1.FileChange.kind:type_name -> choiros.guest.v1.FileChange.Kind
+	54, // [54:54] is the sub-list for method output_type
+	54, // [54:54] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_choiros_guest_v1_guest_proto_init() }
@@ -4081,6 +4160,7 @@ func file_choiros_guest_v1_guest_proto_init() {
 		(*Response_File)(nil),
 		(*Response_Files)(nil),
 		(*Response_Transferred)(nil),
+		(*Response_SecretsUpdated)(nil),
 	}
 	file_choiros_guest_v1_guest_proto_msgTypes[8].OneofWrappers = []any{
 		(*AwaitReady_Http)(nil),
@@ -4092,14 +4172,14 @@ func file_choiros_guest_v1_guest_proto_init() {
 		(*ExecInput_Signal)(nil),
 		(*ExecInput_Detach)(nil),
 	}
-	file_choiros_guest_v1_guest_proto_msgTypes[37].OneofWrappers = []any{}
+	file_choiros_guest_v1_guest_proto_msgTypes[38].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_guest_v1_guest_proto_rawDesc), len(file_choiros_guest_v1_guest_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   48,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

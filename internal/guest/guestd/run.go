@@ -1,0 +1,193 @@
+//go:build linux
+
+package guestd
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/choiros/agent/internal/version"
+)
+
+const (
+	defaultListen     = "unix:/run/choiros/1024.sock"
+	defaultSecretsDir = "/run/secrets"
+
+	// What exits of shells mean, and guestd's are like them.
+	exitFault      = 125
+	exitDenied     = 126
+	exitNotFound   = 127
+	exitSignalBase = 128
+)
+
+// Who may speak to guestd over a unix socket.
+const (
+	trustAnyone  = "anyone"  // who can reach the socket
+	trustOutside = "outside" // who is in no process namespace of the sandbox's
+)
+
+// options is the command line.
+type options struct {
+	listen     string
+	secretsDir string
+	trust      string
+	command    []string
+	version    bool
+}
+
+// Run is guestd: args are those after its name, "--" and the default command
+// last. It returns the status to exit with, which is the workload's, and the
+// process is to exit then: what served connections is left as it is.
+func Run(args []string, stdout, stderr io.Writer) int {
+	o, err := parse(args, os.Getpid() == 1, stderr)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err != nil:
+		fmt.Fprintf(stderr, "guestd: %v\n", err)
+		return exitFault
+	case o.version:
+		fmt.Fprintln(stdout, version.String())
+		return 0
+	}
+	code, err := run(o)
+	if err != nil {
+		fmt.Fprintf(stderr, "guestd: %v\n", err)
+	}
+	return code
+}
+
+func parse(args []string, first bool, stderr io.Writer) (options, error) {
+	var o options
+	flags := flag.NewFlagSet("guestd", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&o.listen, "listen", defaultListen, "unix:PATH or vsock:PORT")
+	flags.StringVar(&o.secretsDir, "secrets-dir", defaultSecretsDir, "a tmpfs for the secrets that are files")
+	flags.StringVar(&o.trust, "trust", "", "who may connect to a unix socket: outside (no process of the sandbox; the default for process 1) or anyone")
+	flags.BoolVar(&o.version, "version", false, "print the version")
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			flags.SetOutput(stderr)
+			flags.Usage()
+		}
+		return options{}, err
+	}
+	o.command = flags.Args()
+	switch o.trust {
+	case "":
+		o.trust = trustAnyone
+		if first {
+			o.trust = trustOutside
+		}
+	case trustAnyone, trustOutside:
+	default:
+		return options{}, fmt.Errorf("--trust %s: outside or anyone", o.trust)
+	}
+	return o, nil
+}
+
+// run serves until the workload has ended. An error is why there is, or will
+// be, no workload.
+func run(o options) (int, error) {
+	beSmall()
+	first := os.Getpid() == 1
+	if err := protect(first); err != nil {
+		return exitFault, err
+	}
+	signals := make(chan os.Signal, 64)
+	signal.Notify(signals, forwarded()...)
+	defer signal.Stop(signals)
+
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	listener, err := listen(o.listen, o.trust)
+	if err != nil {
+		return exitFault, err
+	}
+	defer listener.Close()
+	s := newServer(o, first)
+	go s.children.reap(ctx)
+	go s.serve(ctx, listener)
+
+	for {
+		select {
+		case e := <-s.workload.ended:
+			if !first {
+				s.children.killAll()
+			}
+			return e.code, e.err
+		case sig := <-signals:
+			number, _ := sig.(syscall.Signal)
+			if !s.workload.signal(number) && ends(number) {
+				return exitSignalBase + int(number), nil
+			}
+		}
+	}
+}
+
+// protect keeps what guestd knows from the other processes of the sandbox, and
+// from its host's core dumps. It lasts for all that is started from here.
+func protect(first bool) error {
+	// The workload's memory holds secrets, too, so it inherits this.
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("switch core dumps off: %w", err)
+	}
+	// See ptrace(2): no process without CAP_SYS_PTRACE may look into one that
+	// is not dumpable, be it the same user's. execve sets it again.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("protect its memory: %w", err)
+	}
+	if first {
+		return nil
+	}
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("become the reaper: %w", err)
+	}
+	return nil
+}
+
+// beSmall trades speed of the garbage collector for memory: guestd is in every
+// sandbox, and has little garbage.
+func beSmall() {
+	debug.SetGCPercent(50)
+	runtime.GOMAXPROCS(min(4, runtime.GOMAXPROCS(0)))
+}
+
+// forwarded are the signals that the workload is to get: all that a process
+// can be sent from outside, but for those that tell guestd of its own faults,
+// its children, its terminal's jobs, and SIGURG, which Go's runtime uses.
+func forwarded() []os.Signal {
+	signals := []os.Signal{
+		unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGTERM,
+		unix.SIGCONT, unix.SIGXCPU, unix.SIGVTALRM, unix.SIGWINCH, unix.SIGIO, unix.SIGPWR,
+	}
+	// Those below are the C library's own. An image with systemd in it is
+	// stopped with SIGRTMIN+3.
+	for number := syscall.Signal(35); number <= maxSignal; number++ {
+		signals = append(signals, number)
+	}
+	return signals
+}
+
+// maxSignal is the last of the real-time signals.
+const maxSignal = 64
+
+// ends reports whether a signal ends guestd while there is no workload to
+// decide that.
+func ends(number syscall.Signal) bool {
+	switch number {
+	case unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM:
+		return true
+	}
+	return number == 37 // SIGRTMIN+3, which stops an image with systemd in it
+}
