@@ -44,6 +44,11 @@ type client struct {
 	sandboxes agentv1.SandboxServiceClient
 	images    agentv1.ImageServiceClient
 	host      agentv1.HostServiceClient
+	execs     agentv1.ExecServiceClient
+	files     agentv1.FileServiceClient
+	ports     agentv1.PortServiceClient
+	secrets   agentv1.SecretServiceClient
+	stats     agentv1.StatsServiceClient
 
 	address address
 	conn    *grpc.ClientConn
@@ -186,6 +191,11 @@ func dial(addr address, files tlsFiles, notef func(string, ...any)) (*client, er
 		sandboxes: agentv1.NewSandboxServiceClient(conn),
 		images:    agentv1.NewImageServiceClient(conn),
 		host:      agentv1.NewHostServiceClient(conn),
+		execs:     agentv1.NewExecServiceClient(conn),
+		files:     agentv1.NewFileServiceClient(conn),
+		ports:     agentv1.NewPortServiceClient(conn),
+		secrets:   agentv1.NewSecretServiceClient(conn),
+		stats:     agentv1.NewStatsServiceClient(conn),
 		address:   addr, conn: conn, link: l,
 	}, nil
 }

@@ -24,11 +24,16 @@ const errConnectionRefused = syscall.ECONNREFUSED
 
 // Exit statuses that no row of sandbox.Failures has.
 const (
-	exitOK       = 0
-	exitFailed   = 1
-	exitUsage    = 2
-	exitTimeout  = 9
-	exitSignal   = 128 // plus the signal's number
+	exitOK      = 0
+	exitFailed  = 1
+	exitUsage   = 2
+	exitTimeout = 9
+	exitSignal  = 128 // plus the signal's number
+
+	// What a shell's exit statuses are for these.
+	exitNotExecutable = 126
+	exitNoCommand     = 127
+
 	errorPrefix  = "agentctl: "
 	hintPrefix   = "try: "
 	maxErrorLine = 4 << 10
@@ -64,6 +69,15 @@ type reported struct {
 
 func (r *reported) Error() string { return r.err.Error() }
 func (r *reported) Unwrap() error { return r.err }
+
+// exitingWith is an error with an exit status other than the table's.
+type exitingWith struct {
+	err  error
+	exit int
+}
+
+func (e *exitingWith) Error() string { return e.err.Error() }
+func (e *exitingWith) Unwrap() error { return e.err }
 
 // report tells of an error, if there is one, and returns the exit status.
 func (a *app) report(ctx context.Context, err error) int {
@@ -172,6 +186,9 @@ func exitStatus(err error) int {
 	if _, ok := errors.AsType[*usageError](err); ok {
 		return exitUsage
 	}
+	if own, ok := errors.AsType[*exitingWith](err); ok {
+		return own.exit
+	}
 	if limit := (gaveUp{}); errors.As(err, &limit) {
 		return exitTimeout
 	}
@@ -246,6 +263,14 @@ func reasonHint(info *errdetails.ErrorInfo, err error) string {
 			return fmt.Sprintf("again in %s, or stop a sandbox: agentctl sandbox list", duration(delay))
 		}
 		return "agentctl host stats"
+	case "GUEST_UNAVAILABLE":
+		if name != "" {
+			return "agentctl sandbox restart " + name
+		}
+	case "CONNECTION_REFUSED":
+		if name != "" {
+			return "agentctl port list " + name
+		}
 	case "DRIVER_UNAVAILABLE", "AGENT_STOPPING":
 		return "agentctl doctor"
 	case "NOT_READY", "WORKLOAD_ENDED":
@@ -346,6 +371,11 @@ var places = []struct{ field, flag, key string }{
 	{"spec.mounts", "--workspace or --data", "workspace and data"},
 	{"spec.ports", "--port", "ports"},
 	{"spec.secrets", "--secret", "secrets"},
+	{"secret_values", "--secret-value", ""},
+	{"spec.secret_rotation", "--on-secret-change", "secret_rotation"},
+	{"spec.keyless", "--keyless", "keyless"},
+	{"spec.auto_forward.deny_ports", "", "auto_forward.deny_ports"},
+	{"spec.auto_forward", "--auto-forward", "auto_forward"},
 	{"spec.readiness.timeout", "--ready-timeout", "ready.timeout"},
 	{"spec.readiness.exec", "--ready-exec", "ready.exec"},
 	{"spec.readiness.http", "--ready-http", "ready.http"},
@@ -368,8 +398,11 @@ func fieldPlace(field string) string {
 		if !found || rest != "" && !strings.ContainsAny(rest[:1], ".[") {
 			continue
 		}
-		if p.key == "" {
+		switch "" {
+		case p.key:
 			return p.flag
+		case p.flag:
+			return p.key + " in sandbox.yaml"
 		}
 		return fmt.Sprintf("%s (%s in sandbox.yaml)", p.flag, p.key)
 	}

@@ -22,6 +22,8 @@ func meanings() map[string]string {
 		"RESOURCE_EXHAUSTED": "the host is out of something; later it may do",
 		"HOST_DRAINING":      "the host takes no boots at present",
 		"DRIVER_UNAVAILABLE": "the agent, or what it drives, does not answer",
+		"GUEST_UNAVAILABLE":  "the guestd inside the sandbox does not answer",
+		"CONNECTION_REFUSED": "nothing inside the sandbox accepts connections on that port",
 		"NOT_READY":          "the sandbox did not become ready in its time",
 		"TIMEOUT":            "a time limit passed: the agent's own, or --timeout",
 		"WORKLOAD_ENDED":     "the workload ended before it was ready",
@@ -50,6 +52,8 @@ func exitCodes() string {
 			}
 		}
 	}
+	line(exitNotExecutable, "", "of exec and shell: the command cannot be executed")
+	line(exitNoCommand, "", "of exec and shell: there is no such command")
 	line(exitSignal+2, "", "interrupted (Ctrl-C); what was asked for goes on")
 	line(exitSignal+15, "", "terminated (SIGTERM); likewise")
 	return b.String()

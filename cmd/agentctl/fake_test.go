@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -35,6 +36,14 @@ type fakeAgent struct {
 	agentv1.UnimplementedSandboxServiceServer
 	agentv1.UnimplementedImageServiceServer
 	agentv1.UnimplementedHostServiceServer
+	agentv1.UnimplementedExecServiceServer
+	agentv1.UnimplementedFileServiceServer
+	agentv1.UnimplementedPortServiceServer
+	agentv1.UnimplementedSecretServiceServer
+	agentv1.UnimplementedStatsServiceServer
+
+	disk  string // the folder with the sandboxes' files
+	began time.Time
 
 	network, address string
 	tls              *tls.Config // nil: plain
@@ -50,8 +59,12 @@ type fakeAgent struct {
 	cut       bool  // the next mutation does its work and loses its connection
 	refuse    error // what the next mutation is refused with
 	mutations int
-	server    *grpc.Server
-	served    chan struct{}
+
+	noPrograms []string // that are in no sandbox
+	archive    []byte   // what downloads have, whatever was asked for
+
+	server *grpc.Server
+	served chan struct{}
 }
 
 type fakeAnswer struct {
@@ -61,7 +74,7 @@ type fakeAnswer struct {
 
 func newFakeAgent(network, address string) *fakeAgent {
 	return &fakeAgent{
-		network: network, address: address,
+		network: network, address: address, disk: filepath.Join(filepath.Dir(address), "disk"), began: time.Now().Add(-time.Hour),
 		sandboxes: map[string]*fakeSandbox{}, answers: map[string]fakeAnswer{},
 		changed: make(chan struct{}),
 		images: []*agentv1.Image{{
@@ -91,6 +104,11 @@ func (f *fakeAgent) start() error {
 	agentv1.RegisterSandboxServiceServer(server, f)
 	agentv1.RegisterImageServiceServer(server, f)
 	agentv1.RegisterHostServiceServer(server, f)
+	agentv1.RegisterExecServiceServer(server, f)
+	agentv1.RegisterFileServiceServer(server, f)
+	agentv1.RegisterPortServiceServer(server, f)
+	agentv1.RegisterSecretServiceServer(server, f)
+	agentv1.RegisterStatsServiceServer(server, f)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.address = listener.Addr().String()

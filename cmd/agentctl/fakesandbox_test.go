@@ -35,6 +35,12 @@ type fakeSandbox struct {
 	running  *exec.Cmd
 	ended    chan struct{}
 	logGrown chan struct{}
+
+	execs     int // so far
+	commands  map[string]*fakeExec
+	forwards  []*agentv1.PortForward
+	values    map[string]string // of inline secrets
+	delivered map[string]string
 }
 
 // message returns a copy; agent.mu is held.
@@ -89,6 +95,10 @@ func (f *fakeAgent) CreateSandbox(_ context.Context, req *agentv1.CreateSandboxR
 		f.mu.Unlock()
 		return nil, fail(fmt.Errorf("create %s: %w", name, sandbox.ErrExists), name)
 	}
+	if err := s.keep(req.GetSecretValues()); err != nil {
+		f.mu.Unlock()
+		return nil, fail(err, name)
+	}
 	f.sandboxes[name] = s
 	f.mu.Unlock()
 	answer := s.set(func(*agentv1.SandboxStatus) {})
@@ -112,8 +122,8 @@ func (f *fakeAgent) check(sb *agentv1.Sandbox) error {
 	if n := spec.GetResources().GetMemoryMib(); n > 0 && n < 8 {
 		return sandbox.Invalidf("spec.resources.memory_mib", "%d is not from 8 to 67108864", n)
 	}
-	if len(spec.GetPorts()) > 0 {
-		return sandbox.Unsupportedf("spec.ports", "this agent does not forward ports yet; leave it out")
+	if spec.GetAutoForward().GetMode() == agentv1.AutoForward_MODE_FORWARD {
+		return sandbox.Unsupportedf("spec.auto_forward.mode", "this agent forwards nothing by itself; leave it out")
 	}
 	for i, m := range spec.GetMounts() {
 		if _, err := os.Stat(m.GetSource()); err != nil {
@@ -202,6 +212,13 @@ func (s *fakeSandbox) launch(spec *agentv1.SandboxSpec) (chan struct{}, error) {
 	for name, value := range spec.GetEnv() {
 		cmd.Env = append(cmd.Environ(), name+"="+value)
 	}
+	s.agent.mu.Lock()
+	for _, ref := range spec.GetSecrets() {
+		if value, ok := s.values[inlineName(ref)]; ok {
+			cmd.Env = append(cmd.Environ(), ref.GetName()+"="+value)
+		}
+	}
+	s.agent.mu.Unlock()
 	cmd.Dir = workspaceOf(spec)
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
@@ -272,7 +289,12 @@ func (s *fakeSandbox) collect(stream agentv1.LogStream, from io.Reader) {
 func (s *fakeSandbox) kill() {
 	s.agent.mu.Lock()
 	cmd, ended := s.running, s.ended
+	commands := s.commands
+	s.commands = nil
 	s.agent.mu.Unlock()
+	for _, e := range commands {
+		e.kill()
+	}
 	if cmd != nil {
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 		<-ended
@@ -283,6 +305,12 @@ func (f *fakeAgent) StartSandbox(_ context.Context, req *agentv1.StartSandboxReq
 	s, err := f.get(req.GetName())
 	if err != nil {
 		return nil, err
+	}
+	f.mu.Lock()
+	err = s.keep(req.GetSecretValues())
+	f.mu.Unlock()
+	if err != nil {
+		return nil, fail(err, req.GetName())
 	}
 	sb, err := s.boot()
 	if err != nil {

@@ -78,6 +78,17 @@ func atLeastOne(name string) cobra.PositionalArgs {
 	}
 }
 
+// atLeast refuses fewer arguments than those named; of the last there can be
+// several.
+func atLeast(names ...string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) < len(names) {
+			return fmt.Errorf("%s is missing", names[len(args)])
+		}
+		return nil
+	}
+}
+
 func atMost(most int) cobra.PositionalArgs {
 	return func(_ *cobra.Command, args []string) error { return noMoreThan(most, args) }
 }

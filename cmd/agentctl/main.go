@@ -12,9 +12,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -24,9 +22,9 @@ func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr, os.Getenv
 
 // run is agentctl. It returns the exit status.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer, getenv func(string) string) int {
-	ctx, stop := untilSignal()
-	defer stop()
-	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, getenv: getenv}
+	ctx, signals := catchSignals()
+	defer signals.close()
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, getenv: getenv, signals: signals}
 	defer a.close()
 	root := a.rootCommand()
 	root.SetArgs(args)
@@ -42,6 +40,7 @@ type app struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	getenv         func(string) string
+	signals        *signals
 
 	address string
 	tls     tlsFiles
@@ -52,35 +51,6 @@ type app struct {
 	out, err terminal // of stdout and of stderr
 	conn     *client  // nil until the first call
 	cancel   context.CancelFunc
-}
-
-// interrupted is the cause of a context that a signal ended.
-type interrupted struct{ signal syscall.Signal }
-
-func (interrupted) Error() string { return "stopped waiting" }
-
-// untilSignal returns a context that the first SIGINT or SIGTERM ends; the
-// second one then ends the process as usual.
-func untilSignal() (context.Context, func()) {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
-	gone := make(chan struct{})
-	go func() {
-		defer close(gone)
-		select {
-		case s := <-signals:
-			signal.Stop(signals)
-			number, _ := s.(syscall.Signal)
-			cancel(interrupted{number})
-		case <-ctx.Done():
-		}
-	}()
-	return ctx, func() {
-		signal.Stop(signals)
-		cancel(nil)
-		<-gone
-	}
 }
 
 const rootLong = `agentctl makes, watches and ends sandboxes through the agent of this host.
@@ -118,8 +88,8 @@ func (a *app) rootCommand() *cobra.Command {
 	flags.BoolVarP(&a.quiet, "quiet", "q", false, "print nothing but results and errors; lists print names only")
 	must(root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp)))
 
-	root.AddCommand(a.sandboxCommand(), a.imageCommand(), a.hostCommand(), a.doctorCommand(),
-		a.versionCommand(), a.completionCommand(), exitCodesTopic(), specFileTopic())
+	root.AddCommand(a.sandboxCommand(), a.execCommand(), a.fileCommand(), a.portCommand(), a.secretCommand(), a.topCommand(),
+		a.imageCommand(), a.hostCommand(), a.doctorCommand(), a.versionCommand(), a.completionCommand(), exitCodesTopic(), specFileTopic())
 	root.SetHelpCommand(a.helpCommand())
 	root.SetUsageTemplate(usageTemplate)
 	finish(root)

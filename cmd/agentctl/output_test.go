@@ -43,14 +43,21 @@ func fullSandbox() *agentv1.Sandbox {
 			Readiness: &agentv1.Readiness{Probe: &agentv1.Readiness_Http{Http: &agentv1.HttpProbe{Port: 8080, Path: "/health"}}, Timeout: durationpb.New(30 * time.Second)},
 			Idle:      &agentv1.IdlePolicy{Timeout: durationpb.New(30 * time.Minute), Action: agentv1.IdlePolicy_ACTION_HIBERNATE},
 			Restart:   &agentv1.RestartPolicy{Mode: agentv1.RestartPolicy_MODE_ON_FAILURE, MaxRetries: 5}, DriverOptions: options,
+			Keyless: true, SecretRotation: &agentv1.SecretRotation{Action: agentv1.SecretRotation_ACTION_SIGNAL},
+			AutoForward: &agentv1.AutoForward{Mode: agentv1.AutoForward_MODE_OFFER, DenyPorts: []uint32{5432}},
 		},
 		Status: &agentv1.SandboxStatus{
 			Phase: agentv1.Phase_PHASE_READY, Generation: 7, Message: "all is well",
 			StartTime: ago(3*time.Minute + 20*time.Second), ReadyTime: ago(3*time.Minute + 19*time.Second + 688*time.Millisecond),
 			LastActivityTime: ago(5 * time.Second), RestartCount: 2,
-			Exit:      &agentv1.Exit{Code: 137, Time: ago(4 * time.Minute), OomKilled: true},
+			Exit:      &agentv1.Exit{Code: 137, Time: ago(4 * time.Minute), OomKilled: true, Signal: "SIGKILL"},
 			Endpoints: []*agentv1.Endpoint{{Name: "8080", Address: "127.0.0.1:12001", GuestPort: 8080, Generation: 7}},
 			Resources: &agentv1.Resources{CpuMillis: 500, MemoryMib: 512, Pids: 100},
+			DetectedPorts: []*agentv1.DetectedPort{
+				{GuestPort: 3000, Protocol: agentv1.Protocol_PROTOCOL_TCP, Program: "node"},
+				{GuestPort: 68, Protocol: agentv1.Protocol_PROTOCOL_UDP, Refusal: "DHCP is never forwarded by itself"},
+			},
+			GuestdVersion: "1.2.3",
 		},
 	}
 }

@@ -27,7 +27,8 @@ func (a *app) sandboxCommand() *cobra.Command {
   agentctl sandbox delete web`,
 	}
 	cmd.AddCommand(a.sandboxStart(), a.sandboxStop(), a.sandboxRestart(), a.sandboxDelete(), a.sandboxList(),
-		a.sandboxShow(), a.sandboxLogs(), a.sandboxWatch(), a.sandboxUpdate(), a.sandboxTouch())
+		a.sandboxShow(), a.sandboxLogs(), a.sandboxWatch(), a.sandboxExec(), a.sandboxShell(), a.sandboxCopy(),
+		a.sandboxUpdate(), a.sandboxTouch())
 	return cmd
 }
 

@@ -58,14 +58,14 @@ func (a *app) showList(all []*agentv1.Sandbox, labels bool) error {
 }
 
 func (a *app) listTable(all []*agentv1.Sandbox, labels bool, now time.Time) error {
-	t := table{heads: []string{"NAME", "PHASE", "IMAGE", "UP", "AGE", "GENERATION"}}
+	t := table{heads: []string{"NAME", "PHASE", "IMAGE", "UP", "AGE", "GENERATION", "PORTS"}}
 	if labels {
 		t.heads = append(t.heads, "LABELS")
 	}
 	for _, sb := range all {
 		row := []cell{
 			plain(sb.GetName()), a.phaseCell(sb, now), plain(sourceName(sb.GetSpec())), plain(uptime(sb, now)),
-			plain(age(now.Sub(sb.GetCreateTime().AsTime()))), plain(fmt.Sprint(sb.GetStatus().GetGeneration())),
+			plain(age(now.Sub(sb.GetCreateTime().AsTime()))), plain(fmt.Sprint(sb.GetStatus().GetGeneration())), plain(portsText(sb.GetStatus())),
 		}
 		if labels {
 			row = append(row, plain(strings.Join(pairs(sb.GetLabels()), ",")))
@@ -73,6 +73,29 @@ func (a *app) listTable(all []*agentv1.Sandbox, labels bool, now time.Time) erro
 		t.add(row...)
 	}
 	return t.write(a.stdout, a.out.bold)
+}
+
+// portsText is where a sandbox's ports are reachable, shortly: 12000->8080 for
+// one of 127.0.0.1.
+func portsText(status *agentv1.SandboxStatus) string {
+	var list []string
+	for _, e := range status.GetEndpoints() {
+		text := fmt.Sprintf("%s->%d", strings.TrimPrefix(e.GetAddress(), "127.0.0.1:"), e.GetGuestPort())
+		if e.GetProtocol() == agentv1.Protocol_PROTOCOL_UDP {
+			text += "/udp"
+		}
+		list = append(list, text)
+	}
+	return strings.Join(list, ",")
+}
+
+// detectedText is a port on which something listens inside: 3000/tcp (node).
+func detectedText(d *agentv1.DetectedPort) string {
+	text := fmt.Sprintf("%d/%s", d.GetGuestPort(), protocolName(d.GetProtocol()))
+	if d.GetProgram() != "" {
+		text += " (" + d.GetProgram() + ")"
+	}
+	return text
 }
 
 // phaseName is a phase as people read it: ready, starting, …
@@ -94,6 +117,8 @@ func phaseText(sb *agentv1.Sandbox, now time.Time) string {
 			text += " (idle)"
 		case exit.GetOomKilled():
 			text += " (out of memory)"
+		case exit.GetSignal() != "":
+			text += " (" + exit.GetSignal() + ")"
 		case exit != nil && exit.GetCode() != 0:
 			text += fmt.Sprintf(" (exit %d)", exit.GetCode())
 		}

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
+	"github.com/choiros/agent/internal/sandbox"
 )
 
 func (a *app) sandboxShow() *cobra.Command {
@@ -70,7 +71,9 @@ func statusLines(p *page, sb *agentv1.Sandbox, now time.Time) {
 	}
 	if exit := status.GetExit(); exit != nil {
 		text := fmt.Sprintf("status %d", exit.GetCode())
-		if code := exit.GetCode(); code > exitSignal {
+		if code := exit.GetCode(); exit.GetSignal() != "" {
+			text = exit.GetSignal()
+		} else if code > exitSignal {
 			text = fmt.Sprintf("signal %d", code-exitSignal)
 		}
 		if exit.GetOomKilled() {
@@ -81,11 +84,20 @@ func statusLines(p *page, sb *agentv1.Sandbox, now time.Time) {
 		}
 		p.add("Last exit", text)
 	}
-	var endpoints []string
+	var endpoints, detected []string
 	for _, e := range status.GetEndpoints() {
-		endpoints = append(endpoints, fmt.Sprintf("%s -> %d/%s (%s)", e.GetAddress(), e.GetGuestPort(), protocolName(e.GetProtocol()), e.GetName()))
+		endpoints = append(endpoints, endpointText(e))
 	}
 	p.each("Reachable", endpoints)
+	for _, d := range status.GetDetectedPorts() {
+		text := detectedText(d) + ", not forwarded"
+		if d.GetRefusal() != "" {
+			text += ": " + d.GetRefusal()
+		}
+		detected = append(detected, text)
+	}
+	p.each("Listens", detected)
+	p.add("guestd", status.GetGuestdVersion())
 	p.add("Resources", resourceText(status.GetResources()))
 }
 
@@ -114,10 +126,27 @@ func specLines(p *page, spec *agentv1.SandboxSpec) {
 		ports = append(ports, portText(port))
 	}
 	for _, s := range spec.GetSecrets() {
-		secrets = append(secrets, s.GetName()+" from "+s.GetSource())
+		secrets = append(secrets, secretText(s))
 	}
 	p.each("Ports", ports)
 	p.each("Secrets", secrets)
+	if r := spec.GetSecretRotation(); r.GetAction() != agentv1.SecretRotation_ACTION_UNSPECIFIED {
+		text := lowerName(r.GetAction().String(), "ACTION_")
+		if r.GetAction() == agentv1.SecretRotation_ACTION_SIGNAL {
+			text += " " + orElse(r.GetSignal(), "HUP")
+		}
+		p.add("On change", text)
+	}
+	if spec.GetKeyless() {
+		p.add("Keyless", "refuses providers' keys")
+	}
+	if f := spec.GetAutoForward(); f.GetMode() != agentv1.AutoForward_MODE_UNSPECIFIED || len(f.GetDenyPorts()) > 0 {
+		text := orElse(lowerName(f.GetMode().String(), "MODE_"), "offer")
+		if denied := f.GetDenyPorts(); len(denied) > 0 {
+			text += ", never " + strings.Trim(fmt.Sprint(denied), "[]")
+		}
+		p.add("Ports found", text)
+	}
 	p.add("Ready when", readinessText(spec.GetReadiness()))
 	if d := spec.GetIdle().GetTimeout().AsDuration(); d > 0 {
 		action := "stop"
@@ -132,6 +161,21 @@ func specLines(p *page, spec *agentv1.SandboxSpec) {
 			p.add("Options", string(text))
 		}
 	}
+}
+
+// secretText is a reference to a secret: never its value.
+func secretText(s *agentv1.SecretRef) string {
+	text := s.GetName() + " from " + s.GetSource()
+	if s.GetName() == sandbox.AllNames {
+		text = "all of " + s.GetSource()
+	}
+	if s.GetFile() {
+		text += ", as a file"
+	}
+	if s.GetOptional() {
+		text += ", optional"
+	}
+	return text
 }
 
 // moment is a time as people read it, where now is: 3m ago (2026-01-02

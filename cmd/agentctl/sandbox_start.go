@@ -70,6 +70,10 @@ func (a *app) start(ctx context.Context, f *startFlags, d *definition, asked boo
 	if err != nil {
 		return err
 	}
+	values, err := a.inlineValues(ctx, d.inline)
+	if err != nil {
+		return err
+	}
 	existing, err := c.sandbox(ctx, d.name)
 	if err != nil && reasonOf(err) != "NOT_FOUND" {
 		return err
@@ -79,7 +83,7 @@ func (a *app) start(ctx context.Context, f *startFlags, d *definition, asked boo
 		if f.dryRun {
 			return &hinted{fmt.Errorf("%s: %w", d.name, sandbox.ErrExists), "agentctl sandbox show " + d.name}
 		}
-		return a.startExisting(ctx, c, f, d, asked, existing, id)
+		return a.startExisting(ctx, c, f, d, asked, existing, id, values)
 	}
 	if d.spec.GetSource() == nil {
 		return missingImage(d)
@@ -87,7 +91,7 @@ func (a *app) start(ctx context.Context, f *startFlags, d *definition, asked boo
 	if err := d.complete(a.getenv("HOME")); err != nil {
 		return err
 	}
-	req := &agentv1.CreateSandboxRequest{Sandbox: d.message(), Start: !f.dryRun, RequestId: id, ValidateOnly: f.dryRun}
+	req := &agentv1.CreateSandboxRequest{Sandbox: d.message(), Start: !f.dryRun, RequestId: id, ValidateOnly: f.dryRun, SecretValues: values}
 	if f.dryRun {
 		answer, err := c.sandboxes.CreateSandbox(ctx, req)
 		if err != nil {
@@ -103,24 +107,27 @@ func (a *app) start(ctx context.Context, f *startFlags, d *definition, asked boo
 	if reasonOf(err) == "ALREADY_EXISTS" {
 		// Somebody made it in between.
 		if existing, err := c.sandbox(ctx, d.name); err == nil {
-			return a.startExisting(ctx, c, f, d, asked, existing, id)
+			return a.startExisting(ctx, c, f, d, asked, existing, id, values)
 		}
 	}
 	return a.started(ctx, c, d, sb, err, began, f.noWait)
 }
 
 // startExisting boots a sandbox that was made before.
-func (a *app) startExisting(ctx context.Context, c *client, f *startFlags, d *definition, asked bool, existing *agentv1.Sandbox, id string) error {
+func (a *app) startExisting(ctx context.Context, c *client, f *startFlags, d *definition, asked bool, existing *agentv1.Sandbox, id string, values map[string][]byte) error {
 	if asked {
 		a.noteDifferences(d, existing)
 	}
 	if existing.GetStatus().GetPhase() == agentv1.Phase_PHASE_READY {
+		if len(d.inline) > 0 {
+			a.notef("%s runs already and keeps the secrets it has; agentctl secret set %s %s gives it another", d.name, d.name, d.inline[0])
+		}
 		return a.showStarted(existing, fmt.Sprintf("%s is running already", d.name), 0)
 	}
 	began := time.Now()
 	sb, err := a.await(ctx, c, d.name, existing.GetStatus().GetGeneration(), f.noWait, func(ctx context.Context) (*agentv1.Sandbox, error) {
 		// Not the id itself: the creation may have used that up.
-		answer, err := c.sandboxes.StartSandbox(ctx, &agentv1.StartSandboxRequest{Name: d.name, RequestId: id + ".start"})
+		answer, err := c.sandboxes.StartSandbox(ctx, &agentv1.StartSandboxRequest{Name: d.name, RequestId: id + ".start", SecretValues: values})
 		return answer.GetSandbox(), err
 	})
 	return a.started(ctx, c, d, sb, err, began, f.noWait)
@@ -159,7 +166,7 @@ func (a *app) showStarted(sb *agentv1.Sandbox, text string, took time.Duration) 
 	}
 	fmt.Fprintln(a.stdout, text)
 	for _, e := range sb.GetStatus().GetEndpoints() {
-		fmt.Fprintf(a.stdout, "  %s: %s -> %d\n", e.GetName(), e.GetAddress(), e.GetGuestPort())
+		fmt.Fprintln(a.stdout, "  "+endpointText(e))
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -108,6 +109,19 @@ func (a *app) printChange(event *agentv1.WatchSandboxesResponse) error {
 		text := phasePaint(a.out, sb.GetStatus().GetPhase())(phaseText(sb, now))
 		if n := sb.GetStatus().GetGeneration(); n > 0 {
 			text += fmt.Sprintf(" generation %d", n)
+		}
+		if ports := portsText(sb.GetStatus()); ports != "" {
+			text += " ports " + ports
+		}
+		if detected := sb.GetStatus().GetDetectedPorts(); len(detected) > 0 {
+			var found []string
+			for _, d := range detected {
+				found = append(found, oneLine(detectedText(d)))
+			}
+			text += " listens on " + strings.Join(found, ", ")
+		}
+		if exit := sb.GetStatus().GetExit(); exit.GetSignal() != "" && sb.GetStatus().GetPhase() == agentv1.Phase_PHASE_BACKOFF {
+			text += " after " + exit.GetSignal()
 		}
 		if message := sb.GetStatus().GetMessage(); message != "" {
 			text += ": " + oneLine(message)

@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -49,6 +51,9 @@ func TestScripts(t *testing.T) {
 			"fake":   scriptFake,
 			"signal": scriptSignal,
 			"until":  scriptUntil,
+
+			"echoserver": scriptEchoServer,
+			"dialout":    scriptDialOut,
 		},
 	})
 }
@@ -57,7 +62,7 @@ func TestScripts(t *testing.T) {
 func scriptFake(ts *testscript.TestScript, _ bool, args []string) {
 	agent := ts.Value("agent").(*fakeAgent)
 	if len(args) == 0 {
-		ts.Fatalf("usage: fake stop|start|restart|cut|forget|mutations N|refuse KIND")
+		ts.Fatalf("usage: fake stop|start|restart|cut|forget|without PROGRAMS|archive|mutations N|refuse KIND")
 	}
 	switch args[0] {
 	case "stop":
@@ -70,6 +75,14 @@ func scriptFake(ts *testscript.TestScript, _ bool, args []string) {
 	case "cut": // the next mutation does its work, and its answer is lost
 		agent.mu.Lock()
 		agent.cut = true
+		agent.mu.Unlock()
+	case "without": // programs that no sandbox has
+		agent.mu.Lock()
+		agent.noPrograms = args[1:]
+		agent.mu.Unlock()
+	case "archive": // what downloads have: a hostile stream
+		agent.mu.Lock()
+		agent.archive = hostileArchive()
 		agent.mu.Unlock()
 	case "forget": // past changes, so that watchers cannot resume
 		agent.mu.Lock()
@@ -121,5 +134,44 @@ func scriptSignal(ts *testscript.TestScript, _ bool, args []string) {
 	if err != nil || pid <= 1 {
 		ts.Fatalf("%s holds no pid", args[1])
 	}
-	ts.Check(syscall.Kill(pid, map[string]syscall.Signal{"INT": syscall.SIGINT, "TERM": syscall.SIGTERM}[args[0]]))
+	ts.Check(syscall.Kill(pid, map[string]syscall.Signal{"INT": syscall.SIGINT, "TERM": syscall.SIGTERM, "KILL": syscall.SIGKILL}[args[0]]))
+}
+
+// scriptEchoServer serves on 127.0.0.1 what it is sent, and its end, and puts
+// its port in a variable: echoserver NAME.
+func scriptEchoServer(ts *testscript.TestScript, _ bool, args []string) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Defer(func() { listener.Close() })
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				_, _ = io.Copy(conn, conn)
+			}()
+		}
+	}()
+	ts.Setenv(args[0], fmt.Sprint(listener.Addr().(*net.TCPAddr).Port))
+}
+
+// scriptDialOut sends a file to the address that begins another's first line,
+// half-closes, and expects to read the same: dialout ADDRESSFILE FILE.
+func scriptDialOut(ts *testscript.TestScript, _ bool, args []string) {
+	address, _, _ := strings.Cut(ts.ReadFile(args[0]), " ")
+	conn, err := net.Dial("tcp", address)
+	ts.Check(err)
+	defer conn.Close()
+	want := ts.ReadFile(args[1])
+	_, err = io.WriteString(conn, want)
+	ts.Check(err)
+	ts.Check(conn.(*net.TCPConn).CloseWrite())
+	got, err := io.ReadAll(conn)
+	ts.Check(err)
+	if string(got) != want {
+		ts.Fatalf("read %q, not %q", got, want)
+	}
 }

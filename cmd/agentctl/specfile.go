@@ -5,10 +5,8 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
-	"google.golang.org/protobuf/types/known/structpb"
 
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
 )
@@ -96,11 +94,16 @@ func (s *specFile) keys() map[string]func(*yaml.Node, string) error {
 		"data":       s.data,
 		"ports":      s.ports,
 		"secrets":    s.secrets,
-		"ready":      s.ready,
-		"idle":       s.idle,
-		"restart":    s.restart,
-		"labels":     s.texts(d.labels),
-		"options":    s.options,
+
+		"keyless":         s.flag(&spec.Keyless),
+		"secret_rotation": s.rotation,
+		"auto_forward":    s.autoForward,
+
+		"ready":   s.ready,
+		"idle":    s.idle,
+		"restart": s.restart,
+		"labels":  s.texts(d.labels),
+		"options": s.options,
 	}
 }
 
@@ -327,76 +330,3 @@ func (s *specFile) restart(n *yaml.Node, path string) error {
 	set(p)
 	return err
 }
-
-// options reads anything that JSON can say; the driver decodes it.
-func (s *specFile) options(n *yaml.Node, path string) error {
-	return s.entries(n, path, func(name string, _, value *yaml.Node) error {
-		var v any
-		if err := value.Decode(&v); err != nil {
-			return s.errorf(value, join(path, name), "is not valid")
-		}
-		option, err := structpb.NewValue(v)
-		if err == nil {
-			_, err = toJSON(option) // refuses what is not a number
-		}
-		if err != nil {
-			return s.errorf(value, join(path, name), "cannot be said in JSON")
-		}
-		s.def.setOption(name, option)
-		return nil
-	})
-}
-
-func specFileTopic() *cobra.Command {
-	return &cobra.Command{
-		Use:   "sandbox-yaml",
-		Short: "What a sandbox.yaml looks like",
-		Long: `A sandbox.yaml describes one sandbox; "agentctl sandbox start" reads the one in
-the current folder. Every key is optional but image (or machine). Relative
-paths start at the file's folder. An unknown key is an error.
-
-` + specFileExample,
-	}
-}
-
-// specFileExample is also in docs/sandbox-yaml.md; a test keeps them the same.
-const specFileExample = `# What it is
-name: web                       # default: this folder's name
-image: docker.io/library/node:22
-labels: {team: apps, tier: web}
-
-# What runs in it
-command: [node, server.js]      # or one text: node server.js
-user: "1000:1000"
-workdir: /workspace
-env:
-  NODE_ENV: production
-  PORT: 8080
-
-# What it may use
-cpus: 1.5
-memory: 2GiB
-pids: 512
-
-# What it sees of the host
-workspace: ./                   # read-write at /workspace; "./:ro" for read-only
-data:
-  - path: ~/data/web            # always writable
-    target: /data
-
-# How it is reached
-ports:
-  - 8080                        # on a host port that the agent leases
-  - {name: debug, guest: 9229, host: 9229}
-
-# What it needs to know, and nobody else
-secrets:
-  OPENAI_API_KEY: env-file:~/.config/keys.env
-
-# Its life
-ready:
-  http: {port: 8080, path: /health}
-  timeout: 45s
-idle: 30m
-restart: on-failure:5
-`

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
@@ -25,6 +26,9 @@ type startFlags struct {
 	noWorkspace                        bool
 	readyExec, readyHTTP, readyTimeout string
 	readyTCP                           string
+	secretValues, envFiles             []string
+	keyless                            bool
+	onSecretChange, autoForward        string
 	labels, options                    []string
 	requestID                          string
 	noWait, dryRun                     bool
@@ -49,6 +53,11 @@ func (f *startFlags) register(cmd *cobra.Command) {
 	flags.StringArrayVar(&f.data, "data", nil, "`PATH[:TARGET]` to mount as data, always writable, at /data")
 	flags.StringArrayVarP(&f.ports, "port", "p", nil, "`[[BIND:]HOST:]GUEST[/udp]` port to make reachable on the host")
 	flags.StringArrayVar(&f.secrets, "secret", nil, "`NAME=SOURCE[,file][,optional]` to deliver, such as KEY=env-file:PATH")
+	flags.StringArrayVar(&f.secretValues, "secret-value", nil, "`NAME` of a secret whose value is asked for, or read from stdin (of several: a line each)")
+	flags.StringArrayVar(&f.envFiles, "env-file", nil, "`PATH` of a file of NAME=VALUE lines, all delivered as secrets")
+	flags.BoolVar(&f.keyless, "keyless", false, "refuse secrets and environment that are named like providers' keys")
+	flags.StringVar(&f.onSecretChange, "on-secret-change", "", "`what` becomes of the workload: leave, signal[:HUP] or restart (default leave)")
+	flags.StringVar(&f.autoForward, "auto-forward", "", "`what` becomes of ports found inside: off, offer or forward (default offer)")
 	flags.StringVar(&f.readyExec, "ready-exec", "", "ready when this `command` succeeds inside")
 	flags.StringVar(&f.readyHTTP, "ready-http", "", "ready when `PORT[/PATH]` answers with a status from 200 to 399")
 	flags.StringVar(&f.readyTCP, "ready-tcp", "", "ready when this `port` accepts a connection")
@@ -60,6 +69,12 @@ func (f *startFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.requestID, "request-id", "", "`id` under which a repeated start is the same start (default: a fresh one)")
 	flags.BoolVar(&f.noWait, "no-wait", false, "return as soon as it is being started")
 	flags.BoolVar(&f.dryRun, "dry-run", false, "let the agent check everything, and make nothing")
+	flags.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		if name == "publish" { // what others call it
+			name = "port"
+		}
+		return pflag.NormalizedName(name)
+	})
 	cmd.MarkFlagsMutuallyExclusive("workspace", "no-workspace")
 	cmd.MarkFlagsMutuallyExclusive("image", "machine")
 	cmd.MarkFlagsMutuallyExclusive("ready-exec", "ready-http", "ready-tcp")
@@ -107,6 +122,31 @@ func (f *startFlags) define(cmd *cobra.Command, args []string, getenv func(strin
 	return d, file != "" || changed || len(command) > 0, nil
 }
 
+// setter sets what one flag says.
+type setter struct {
+	flag   string
+	values []string
+	set    func(string) error
+}
+
+// secretSetters are those of secrets and of what guards them.
+func (f *startFlags) secretSetters(d *definition, p paths) []setter {
+	spec := d.spec
+	return []setter{
+		{"secret", f.secrets, setting(func(s string) (*agentv1.SecretRef, error) { return parseSecret(s, p) }, d.addSecret)},
+		{"env-file", f.envFiles, setting(func(s string) (string, error) { return p.secretSource("env-file:" + s) }, func(source string) {
+			d.addSecret(&agentv1.SecretRef{Name: sandbox.AllNames, Source: source})
+		})},
+		{"secret-value", f.secretValues, d.setSecretValue},
+		{"keyless", []string{""}, func(string) error {
+			spec.Keyless = f.keyless
+			return nil
+		}},
+		{"on-secret-change", []string{f.onSecretChange}, setting(parseRotation, func(v *agentv1.SecretRotation) { spec.SecretRotation = v })},
+		{"auto-forward", []string{f.autoForward}, setting(parseAutoForward, func(v agentv1.AutoForward_Mode) { d.autoForward().Mode = v })},
+	}
+}
+
 // apply sets the flags that were given. changed reports whether any was.
 func (f *startFlags) apply(cmd *cobra.Command, d *definition, p paths, getenv func(string) string) (changed bool, err error) {
 	spec := d.spec
@@ -119,11 +159,7 @@ func (f *startFlags) apply(cmd *cobra.Command, d *definition, p paths, getenv fu
 			return err
 		}
 	}
-	setters := []struct {
-		flag   string
-		values []string
-		set    func(string) error
-	}{
+	setters := append(f.secretSetters(d, p), []setter{
 		{"image", []string{f.image}, plainly(d.setImage)},
 		{"machine", []string{f.machine}, plainly(d.setMachine)},
 		{"driver", []string{f.driver}, plainly(func(s string) { spec.Driver = s })},
@@ -144,7 +180,6 @@ func (f *startFlags) apply(cmd *cobra.Command, d *definition, p paths, getenv fu
 		}},
 		{"data", f.data, mount(agentv1.Mount_KIND_DATA, d.addData)},
 		{"port", f.ports, setting(parsePort, d.addPort)},
-		{"secret", f.secrets, setting(func(s string) (*agentv1.SecretRef, error) { return parseSecret(s, p) }, d.addSecret)},
 		{"ready-exec", []string{f.readyExec}, setting(parseWords, func(v []string) {
 			d.readiness().Probe = &agentv1.Readiness_Exec{Exec: &agentv1.ExecProbe{Command: v}}
 		})},
@@ -163,7 +198,7 @@ func (f *startFlags) apply(cmd *cobra.Command, d *definition, p paths, getenv fu
 		{"restart", []string{f.restart}, setting(parseRestart, func(v *agentv1.RestartPolicy) { spec.Restart = v })},
 		{"label", f.labels, func(s string) error { return setPair(d.labels, s) }},
 		{"option", f.options, func(s string) error { return setOption(d, s) }},
-	}
+	}...)
 	for _, s := range setters {
 		if !cmd.Flags().Changed(s.flag) {
 			continue

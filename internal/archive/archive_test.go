@@ -53,17 +53,17 @@ func tree(t *testing.T) string {
 	return root
 }
 
-// sparse makes a file of 64 MiB with little in it.
+// sparse makes a file of 16 MiB with little in it.
 func sparse(t *testing.T, file string) {
 	t.Helper()
 	f, err := os.Create(file)
 	check(t, err)
 	defer f.Close()
-	for _, at := range []int64{8 << 20, 40<<20 + 17} {
+	for _, at := range []int64{2 << 20, 10<<20 + 17} {
 		_, err := f.WriteAt([]byte("island"), at)
 		check(t, err)
 	}
-	check(t, f.Truncate(64<<20))
+	check(t, f.Truncate(16<<20))
 }
 
 // stored is how many bytes of a file are on disk.
@@ -140,7 +140,7 @@ func TestRoundTripKeepsEverything(t *testing.T) {
 		dest := t.TempDir()
 		sum, err := unpack(t, stream.Bytes(), dest, archive.UnpackOptions{SetID: true, Rename: "copy", AnyLinks: anyLinks})
 		check(t, err)
-		if want := (archive.Summary{Files: 9, Bytes: 64<<20 + 5 + 2}); sum != want {
+		if want := (archive.Summary{Files: 9, Bytes: 16<<20 + 5 + 2}); sum != want {
 			t.Errorf("got %+v, want %+v", sum, want)
 		}
 		want := slices.DeleteFunc(look(t, source), func(s string) bool { return strings.HasPrefix(s, "pipe") })
@@ -210,7 +210,7 @@ func TestSparseFileIsFollowedByOthers(t *testing.T) {
 	source, dest := t.TempDir(), t.TempDir()
 	for _, name := range []string{"a", "b", "c"} {
 		sparse(t, filepath.Join(source, name))
-		check(t, os.Truncate(filepath.Join(source, name), 40<<20+20)) // ends within data
+		check(t, os.Truncate(filepath.Join(source, name), 10<<20+20)) // ends within data
 	}
 	check(t, os.Truncate(filepath.Join(source, "b"), 0))
 	check(t, os.Truncate(filepath.Join(source, "b"), 1<<20)) // nothing but a hole

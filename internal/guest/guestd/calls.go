@@ -109,7 +109,10 @@ func (s *server) hello(_ context.Context, conn *wire.Conn, _ *guestv1.Hello) err
 }
 
 func (s *server) configure(ctx context.Context, conn *wire.Conn, call *guestv1.Configure) error {
-	pid, err := s.workload.configure(ctx, call)
+	pid, started, err := s.workload.configure(ctx, call)
+	if started {
+		defer close(s.workload.answered)
+	}
 	if fatal, ok := errors.AsType[*endError](err); ok {
 		// guestd ends, but not before the agent knows why.
 		err = conn.Send(response(fatal.err))

@@ -3,8 +3,8 @@
 package guestd
 
 import (
-	"errors"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"

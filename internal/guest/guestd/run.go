@@ -122,6 +122,9 @@ func run(o options) (int, error) {
 	for {
 		select {
 		case e := <-s.workload.ended:
+			if e.err == nil {
+				s.workload.awaitAnswer()
+			}
 			if !first {
 				s.children.killAll()
 			}

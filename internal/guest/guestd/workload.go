@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -28,6 +29,8 @@ type workload struct {
 	owner bool
 	// started is closed once the workload runs.
 	started chan struct{}
+	// answered is closed once the agent was told that the workload was started.
+	answered chan struct{}
 	// ended is sent to once.
 	ended chan ending
 
@@ -75,7 +78,7 @@ func newWorkload(o options, first bool, children *processes) *workload {
 	return &workload{
 		children: children, command: o.command, dir: dir, secretsDir: o.secretsDir,
 		machine: machine, owner: machine || first,
-		started: make(chan struct{}), ended: make(chan ending, 1),
+		started: make(chan struct{}), answered: make(chan struct{}), ended: make(chan ending, 1),
 		phase: guestv1.Greeting_PHASE_WAITING,
 		env:   merge(nil, os.Environ()),
 	}
@@ -94,10 +97,11 @@ func (w *workload) environment() []string {
 	return w.env
 }
 
-// configure starts the workload if it does not run, and returns its pid. Those
-// who ask while it is being started share its fate. An *endError is one after
-// which end is to be called.
-func (w *workload) configure(ctx context.Context, call *guestv1.Configure) (int, error) {
+// configure starts the workload if it does not run, and returns its pid and
+// whether this is the call that started it, after whose answer the caller
+// closes answered. Those who ask while it is being started share its fate. An
+// *endError is one after which end is to be called.
+func (w *workload) configure(ctx context.Context, call *guestv1.Configure) (pid int, started bool, err error) {
 	w.mu.Lock()
 	other := w.starting
 	if other == nil {
@@ -118,17 +122,17 @@ func (w *workload) configure(ctx context.Context, call *guestv1.Configure) (int,
 	select {
 	case <-mine.done:
 	case <-ctx.Done():
-		return 0, ctx.Err()
+		return 0, false, ctx.Err()
 	}
 	switch {
 	case mine.generation != call.GetGeneration():
-		return 0, failuref(guestv1.Failure_CODE_STATE, "configured for generation %d already", mine.generation)
+		return 0, false, failuref(guestv1.Failure_CODE_STATE, "configured for generation %d already", mine.generation)
 	case mine.err != nil:
-		return 0, mine.err
+		return 0, false, mine.err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.pid, nil
+	return w.pid, other == nil, nil
 }
 
 // begin does what a Configure says.
@@ -223,6 +227,19 @@ func (w *workload) end(e ending) {
 	select {
 	case w.ended <- e:
 	default:
+	}
+}
+
+// answerLimit is how long an agent may take to read an answer that is all that
+// keeps guestd from exiting.
+const answerLimit = time.Second
+
+// awaitAnswer returns once the agent was told of the start: a workload may end
+// sooner than that.
+func (w *workload) awaitAnswer() {
+	select {
+	case <-w.answered:
+	case <-time.After(answerLimit):
 	}
 }
 

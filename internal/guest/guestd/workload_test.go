@@ -374,3 +374,16 @@ func TestAnotherUser(t *testing.T) {
 		t.Errorf("printed %q", out)
 	}
 }
+
+func TestConfigureIsAnsweredOfWorkloadThatEndsAtOnce(t *testing.T) {
+	t.Parallel()
+	for range 50 {
+		g := boot(t, nil, "true")
+		if pid := g.configure(&guestv1.Configure{}); pid == 0 {
+			t.Fatal("no pid")
+		}
+		if code := g.exits(); code != 0 {
+			t.Fatalf("exit %d", code)
+		}
+	}
+}
