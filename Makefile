@@ -13,6 +13,7 @@ LDFLAGS := -s -w -X github.com/choiros/agent/internal/version.stamped=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 ENV     := $(CURDIR)/test/env/podman-env
 IMAGES  := $(CURDIR)/.cache/images
+GUESTD  := $(CURDIR)/.cache/guestd
 LINT    := $(CURDIR)/.cache/bin/golangci-lint
 # The race detector needs a C compiler; without one the tests run without it.
 RACE    := $(shell command -v cc >/dev/null && echo -race)
@@ -20,6 +21,7 @@ RACE    := $(shell command -v cc >/dev/null && echo -race)
 # Which real backends may not be skipped by a test that finds them missing.
 export AGENT_REQUIRE ?=
 export AGENT_TEST_IMAGES := $(IMAGES)
+export AGENT_TEST_GUESTD := $(GUESTD)
 
 .PHONY: help
 help: ## list what one can make
@@ -30,14 +32,15 @@ go-present:
 	@command -v $(GO) >/dev/null || { echo "Go is missing. Install 1.26 or newer: https://go.dev/doc/install" >&2; exit 1; }
 
 .PHONY: build
-build: go-present ## build bin/agent and bin/agentctl
+build: go-present ## build bin/agent, bin/agentctl and bin/guestd
 	@mkdir -p bin
-	@$(GOBUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/agent ./cmd/agentctl
+	@$(GOBUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/agent ./cmd/agentctl ./cmd/guestd
 
 .PHONY: images
-images: go-present ## build the project's own test images
-	@mkdir -p $(IMAGES)
+images: go-present ## build the project's own test images, and the guestd of the tests
+	@mkdir -p $(IMAGES) $(GUESTD)
 	@$(GO) run ./test/image/cmd/mkimage -all $(IMAGES)
+	@$(GOBUILD) -ldflags "$(LDFLAGS)" -o $(GUESTD)/guestd ./cmd/guestd
 
 .PHONY: env
 env: ## bring up rootless podman, or find yours

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/choiros/agent/internal/location"
+	"github.com/choiros/agent/internal/secrets"
 )
 
 // Config is all that can be set, see docs/agent.md. One struct, made once,
@@ -28,7 +29,10 @@ type Config struct {
 	IdleScan           duration `toml:"idle_scan"`
 	MaxArchiveMiB      uint64   `toml:"max_archive_mib"`
 	StopTimeout        duration `toml:"stop_timeout"`
+	Guestd             string   `toml:"guestd"`
 
+	Ports   PortsConfig   `toml:"ports"`
+	Secrets SecretsConfig `toml:"secrets"`
 	TLS     TLSConfig     `toml:"tls"`
 	Metrics MetricsConfig `toml:"metrics"`
 	Traces  TracesConfig  `toml:"traces"`
@@ -54,6 +58,24 @@ type TracesConfig struct {
 	OTLPEndpoint string `toml:"otlp_endpoint"`
 }
 
+// PortsConfig is which ports of the host are leased to sandboxes.
+type PortsConfig struct {
+	First int `toml:"first"`
+	Last  int `toml:"last"`
+}
+
+// SecretsConfig is how secrets are read, and which ones keyless sandboxes may
+// not have.
+type SecretsConfig struct {
+	Roots         []string `toml:"roots"`
+	AgeIdentities string   `toml:"age_identities"`
+	Forbidden     []string `toml:"forbidden"`
+	Timeout       duration `toml:"timeout"`
+	AWSEndpoint   string   `toml:"aws_endpoint"`
+	AWSRegion     string   `toml:"aws_region"`
+	AWSProfile    string   `toml:"aws_profile"`
+}
+
 // PodmanConfig is what the podman driver is told.
 type PodmanConfig struct {
 	// Socket is podman's; empty: the driver looks for it.
@@ -74,6 +96,8 @@ func Default(getenv func(string) string, uid int) Config {
 		IdleScan:           duration(30 * time.Second),
 		MaxArchiveMiB:      16 << 10,
 		StopTimeout:        duration(10 * time.Second),
+		Ports:              PortsConfig{First: 12000, Last: 12999},
+		Secrets:            SecretsConfig{Forbidden: secrets.DefaultForbidden(), Timeout: duration(15 * time.Second)},
 	}
 }
 
@@ -104,6 +128,16 @@ func (c *Config) keys() []key {
 		{"idle_scan", "TIME", "pause between two looks for idle sandboxes", &c.IdleScan},
 		{"max_archive_mib", "MIB", "refuse longer image archives", &c.MaxArchiveMiB},
 		{"stop_timeout", "TIME", "wait this long for requests when stopping", &c.StopTimeout},
+		{"guestd", "PATH", "run this guestd in sandboxes; none given: the one beside the agent", &c.Guestd},
+		{"ports.first", "N", "first of the host ports that sandboxes are given", &c.Ports.First},
+		{"ports.last", "N", "last of them", &c.Ports.Last},
+		{"secrets.roots", "DIR:…", "read secrets from files below these only; none given: any", &c.Secrets.Roots},
+		{"secrets.age_identities", "FILE", "age identities that age: and sops: secrets are decrypted with", &c.Secrets.AgeIdentities},
+		{"secrets.forbidden", "PATTERN,…", "names that keyless sandboxes may not have", &c.Secrets.Forbidden},
+		{"secrets.timeout", "TIME", "wait this long for a source of secrets", &c.Secrets.Timeout},
+		{"secrets.aws_endpoint", "URL", "AWS Secrets Manager's endpoint, if not the region's own", &c.Secrets.AWSEndpoint},
+		{"secrets.aws_region", "NAME", "AWS region; none given: as the AWS SDK finds it", &c.Secrets.AWSRegion},
+		{"secrets.aws_profile", "NAME", "AWS profile; none given: as the AWS SDK finds it", &c.Secrets.AWSProfile},
 		{"tls.listen", "ADDR", "also listen on this host:port, with mutual TLS", &c.TLS.Listen},
 		{"tls.cert", "FILE", "the agent's certificate (PEM)", &c.TLS.Cert},
 		{"tls.key", "FILE", "the certificate's key (PEM)", &c.TLS.Key},

@@ -107,7 +107,8 @@ func (h *crashHost) start(env ...string) {
 
 func (h *crashHost) launch(env []string) {
 	cmd := exec.Command(os.Args[0], "serve", "--config", os.DevNull,
-		"--state-dir", h.state, "--socket", h.socket, "--default-driver", h.backend.name, "--min-free-memory-mib", "1")
+		"--state-dir", h.state, "--socket", h.socket, "--default-driver", h.backend.name, "--min-free-memory-mib", "1",
+		"--guestd", filepath.Join(image.GuestdDir(), "guestd"))
 	cmd.Env = append(append(os.Environ(), agentEnv+"="+h.dir, "GORACE=atexit_sleep_ms=0"), env...)
 	log, err := os.OpenFile(filepath.Join(h.dir, "log"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -222,7 +223,7 @@ func processBackend() backend {
 			return &agentv1.SandboxSpec{
 				Driver: process.Name, Source: &agentv1.SandboxSpec_Image{Image: process.Image}, Command: []string{"sleep"},
 				Readiness: &agentv1.Readiness{Probe: &agentv1.Readiness_Exec{Exec: &agentv1.ExecProbe{
-					Command: []string{process.Program, "exit", "0"},
+					Command: process.Command("exit", "0"),
 				}}},
 			}
 		},
@@ -287,7 +288,9 @@ func podmanBackend(t testing.TB) backend {
 
 func openPodman(t testing.TB, owner string) *container.Driver {
 	t.Helper()
-	drv, err := container.New(container.Config{RuntimeDir: os.Getenv("XDG_RUNTIME_DIR"), Owner: owner})
+	drv, err := container.New(container.Config{
+		RuntimeDir: os.Getenv("XDG_RUNTIME_DIR"), Owner: owner, GuestdDir: image.Guestd(t),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -306,9 +309,6 @@ func podmanOrphans(h *crashHost, names []string) error {
 		line, _ := os.ReadFile(path)
 		for argument := range strings.SplitSeq(string(line), "\x00") {
 			name, ours := strings.CutPrefix(argument, prefix)
-			if strings.Contains(string(line), "\x00--exec-process-spec\x00") {
-				continue // podman keeps it five minutes by itself, see exit_command_delay in containers.conf(5)
-			}
 			if ours && !slices.Contains(names, name) {
 				return fmt.Errorf("an orphan process: %s", strings.ReplaceAll(string(line[:min(len(line), 200)]), "\x00", " "))
 			}

@@ -85,6 +85,10 @@ func parseFlags(args []string) (givenFlags, error) {
 	return given, nil
 }
 
+// pathList is the argument of keys that are lists of paths; the other lists
+// are separated by commas.
+const pathList = "DIR:…"
+
 // set reads a flag's value into its place.
 func (k key) set(value string) error {
 	var err error
@@ -96,6 +100,10 @@ func (k key) set(value string) error {
 		}
 	case *[]string:
 		*at = nil
+		if k.arg != pathList {
+			*at = strings.Split(value, ",")
+			break
+		}
 		for part := range strings.SplitSeq(value, ":") {
 			if part, err = absolute(part); err != nil {
 				return err
@@ -164,6 +172,9 @@ func (k key) String() string {
 	case *string:
 		return *at
 	case *[]string:
+		if k.arg != pathList {
+			return strings.Join(*at, ",")
+		}
 		return strings.Join(*at, ":")
 	case *int:
 		return strconv.Itoa(*at)

@@ -18,6 +18,7 @@ import (
 
 	"github.com/choiros/agent/internal/manager"
 	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/secrets"
 	"github.com/choiros/agent/internal/server"
 	"github.com/choiros/agent/internal/store"
 	"github.com/choiros/agent/internal/telemetry"
@@ -118,13 +119,18 @@ func (p program) open(cfg Config, log *slog.Logger) (_ *agent, err error) {
 	if err := checkDrivers(cfg, a.drivers, f.classes); err != nil {
 		return nil, &usageError{err}
 	}
+	resolver, err := secrets.New(secretsConfig(cfg.Secrets))
+	if err != nil {
+		return nil, &usageError{err}
+	}
 	if a.manager, err = manager.Open(manager.Config{
 		Store: a.store, Drivers: a.drivers, DefaultDriver: cfg.DefaultDriver,
 		Classes: f.classes, MountRoots: cfg.MountRoots,
 		MaxConcurrentBoots: cfg.MaxConcurrentBoots, MaxRunning: cfg.MaxRunning,
 		MinFreeMemoryMiB: max(cfg.MinFreeMemoryMiB, 1), // zero means the default there
 		IdleScan:         time.Duration(cfg.IdleScan),
-		Log:              log, OnStep: p.onStep,
+		Secrets:          resolver, Ports: portsConfig(cfg.Ports, log),
+		Log: log, OnStep: p.onStep,
 	}); err != nil {
 		return nil, err
 	}
@@ -292,6 +298,9 @@ func (a *agent) close() error {
 		if err := listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 			errs = append(errs, err)
 		}
+	}
+	if a.manager != nil {
+		errs = append(errs, a.manager.Close())
 	}
 	errs = append(errs, a.closeDrivers())
 	if a.store != nil {

@@ -41,7 +41,10 @@ func (c *Config) validate() error {
 	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
 		refuse("log_format", "%q is neither text nor json", c.LogFormat)
 	}
-	for _, k := range []key{{path: "machine_classes", at: &c.MachineClasses}, {path: "podman.socket", at: &c.Podman.Socket}} {
+	for _, k := range []key{
+		{path: "machine_classes", at: &c.MachineClasses}, {path: "podman.socket", at: &c.Podman.Socket},
+		{path: "guestd", at: &c.Guestd}, {path: "secrets.age_identities", at: &c.Secrets.AgeIdentities},
+	} {
 		if problem := pathProblem(k.String()); k.String() != "" && problem != "" {
 			refuse(k.path, "%s", problem)
 		}
@@ -51,6 +54,14 @@ func (c *Config) validate() error {
 			refuse(fmt.Sprintf("mount_roots[%d]", i), "%s", problem)
 		}
 	}
+	for i, root := range c.Secrets.Roots {
+		if problem := pathProblem(root); problem != "" {
+			refuse(fmt.Sprintf("secrets.roots[%d]", i), "%s", problem)
+		}
+	}
+	lasting("secrets.timeout", c.Secrets.Timeout, 100*time.Millisecond, 5*time.Minute)
+	between(refuse, "ports.first", c.Ports.First, 1, 65535)
+	between(refuse, "ports.last", c.Ports.Last, c.Ports.First, 65535)
 	between(refuse, "max_concurrent_boots", c.MaxConcurrentBoots, 1, 1000)
 	between(refuse, "max_running", c.MaxRunning, 1, 100_000)
 	between(refuse, "min_free_memory_mib", c.MinFreeMemoryMiB, 0, 64<<20)

@@ -118,15 +118,21 @@ func (m *Manager) boot(ctx context.Context, e *entry, from origin) error {
 		}
 	}
 	e.made = false
+	set, err := m.resolve(ctx, e)
+	if err != nil {
+		return m.bootFailed(ctx, drv, e, from, refused(err))
+	}
+	defer set.Wipe()
 	if obs.State != sandbox.StateRunning {
 		if obs, err = m.launch(ctx, drv, e, obs); err != nil {
 			return m.bootFailed(ctx, drv, e, from, err)
 		}
 	}
 	e.admitted.Store(true)
-	if err := m.awaitReady(ctx, drv, e); err != nil {
+	if err := m.awaitReady(ctx, drv, e, secretValues(set)); err != nil {
 		return m.bootFailed(ctx, drv, e, from, err)
 	}
+	e.noteGiven(e.rec.Spec, set)
 	m.step("boot:done")
 	err = m.put(e, func(r *store.Record) { r.Desired, r.Pending = store.DesiredRunning, store.PendingNone },
 		m.becomeReady(e, obs))
@@ -234,68 +240,6 @@ func (m *Manager) prepare(ctx context.Context, drv sandbox.Driver, e *entry, sta
 	ctx, cancel := context.WithTimeout(ctx, createDeadline)
 	defer cancel()
 	return deadlined(ctx, resizer.Resize(ctx, m.ref(e.name), e.rec.Resources))
-}
-
-// awaitReady returns once the readiness probe succeeds, the workload has
-// ended, or the time is up.
-func (m *Manager) awaitReady(ctx context.Context, drv sandbox.Driver, e *entry) error {
-	readiness := e.rec.Spec.Readiness
-	if len(readiness.Exec) == 0 {
-		return nil
-	}
-	prober, ok := drv.(sandbox.Prober)
-	if !ok {
-		return sandbox.Unsupportedf("spec.readiness.exec", "driver %s cannot run commands inside", e.rec.Spec.Driver)
-	}
-	m.step("boot:probe")
-	ctx, cancel := context.WithTimeoutCause(ctx, readiness.ReadyTimeout(), errProbeTimeout)
-	defer cancel()
-	var gone *endedError
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		if obs, err := drv.Wait(ctx, m.ref(e.name)); err == nil {
-			gone = &endedError{obs}
-			cancel()
-		}
-	}()
-	last := m.probe(ctx, prober, e, readiness)
-	early := context.Cause(ctx)
-	cancel()
-	<-ended
-	switch {
-	case last == nil:
-		return nil
-	case gone != nil:
-		return gone
-	case errors.Is(early, errProbeTimeout):
-		return fmt.Errorf("start %s: %w within %s: %s", e.name, sandbox.ErrNotReady, readiness.ReadyTimeout(), last.Error())
-	}
-	return early
-}
-
-var errProbeTimeout = errors.New("readiness timeout")
-
-// probe runs the readiness command until it succeeds or ctx ends, and returns
-// nil or what the last run said.
-func (m *Manager) probe(ctx context.Context, prober sandbox.Prober, e *entry, readiness sandbox.Readiness) error {
-	last := errors.New("the probe gave no answer")
-	for {
-		code, err := prober.ProbeExec(ctx, m.ref(e.name), readiness.Exec)
-		switch {
-		case err == nil && code == 0:
-			return nil
-		case err == nil:
-			last = fmt.Errorf("the probe's exit status is %d", code)
-		case ctx.Err() == nil:
-			last = err
-		}
-		select {
-		case <-time.After(readiness.ProbeInterval()):
-		case <-ctx.Done():
-			return last
-		}
-	}
 }
 
 // endedError is a workload that ended before it was ready.

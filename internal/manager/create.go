@@ -40,6 +40,8 @@ type CreateRequest struct {
 	Labels map[string]string
 	// Start boots it as well.
 	Start bool
+	// SecretValues are for secrets whose source is inline:NAME, by that NAME.
+	SecretValues map[string][]byte
 	// ValidateOnly checks everything and makes nothing.
 	ValidateOnly bool
 	Request      Request
@@ -73,6 +75,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (*Sandbox, erro
 		e.unlock()
 		return nil, ctx.Err()
 	}
+	e.keepInline(req.SecretValues)
 	if !replay {
 		err = m.detach(ctx, func(ctx context.Context) error {
 			err := m.create(ctx, e, rec)
@@ -124,8 +127,11 @@ func (m *Manager) draft(ctx context.Context, req CreateRequest) (store.Record, e
 	if err != nil {
 		return store.Record{}, err
 	}
-	if _, ok := drv.(sandbox.Prober); !ok && len(spec.Readiness.Exec) > 0 {
-		return store.Record{}, sandbox.Unsupportedf("spec.readiness.exec", "driver %s cannot run commands inside", spec.Driver)
+	if err := m.checkSecrets(spec); err != nil {
+		return store.Record{}, err
+	}
+	if err := checkInline(spec, req.SecretValues); err != nil {
+		return store.Record{}, err
 	}
 	resources, err := m.resources(spec)
 	if err != nil {
@@ -169,14 +175,6 @@ func refuseUnsupported(spec sandbox.Spec) error {
 	switch {
 	case spec.Machine != "":
 		return sandbox.Unsupportedf("spec.machine", "this agent has no driver that boots machines; give spec.image")
-	case len(spec.Ports) > 0:
-		return sandbox.Unsupportedf("spec.ports", "this agent does not forward ports yet; leave it out")
-	case len(spec.Secrets) > 0:
-		return sandbox.Unsupportedf("spec.secrets", "this agent does not deliver secrets yet; leave it out")
-	case spec.Readiness.HTTP != nil:
-		return sandbox.Unsupportedf("spec.readiness.http", "this agent does not probe over HTTP yet; use exec")
-	case spec.Readiness.TCPPort != 0:
-		return sandbox.Unsupportedf("spec.readiness.tcp", "this agent does not probe over TCP yet; use exec")
 	case spec.Idle.Action == sandbox.IdleHibernate:
 		return sandbox.Unsupportedf("spec.idle.action", "no driver of this agent hibernates; use stop")
 	}
@@ -281,9 +279,15 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest) (e *entry, rep
 func (m *Manager) create(ctx context.Context, e *entry, rec store.Record) error {
 	e.touch(time.Now())
 	defer close(e.reconciled)
+	var err error
+	if rec.Leases, err = m.reservePorts(e.name, rec.Spec.Ports, specPort); err != nil {
+		m.forget(e)
+		return err
+	}
 	e.rec = rec
 	m.step("create:intent")
 	if err := m.put(e, nil, enter(PhaseCreating, "", "")); err != nil {
+		m.forward.ReleaseAll(e.name)
 		m.forget(e)
 		return errors.Join(fmt.Errorf("create %s: %w", e.name, err), m.store.Remove(e.name))
 	}
@@ -293,6 +297,7 @@ func (m *Manager) create(ctx context.Context, e *entry, rec store.Record) error 
 		return errors.Join(err, m.rollback(ctx, e))
 	}
 	e.made = true
+	m.openPorts(e.name, rec.Leases)
 	if rec.Desired == store.DesiredRunning {
 		// The boot's own intent follows at once and implies this.
 		m.publish(e, enter(PhaseStarting, "", ""))
@@ -334,6 +339,7 @@ func (m *Manager) rollback(ctx context.Context, e *entry) error {
 // forget takes an entry out of the map for good. It needs the operation lock.
 func (m *Manager) forget(e *entry) {
 	e.gone = true
+	e.forgetSecrets()
 	m.mu.Lock()
 	if m.entries[e.name] == e {
 		delete(m.entries, e.name)

@@ -24,6 +24,8 @@ type entry struct {
 	// final is the last snap of a sandbox that is gone.
 	final    atomic.Pointer[Sandbox]
 	activity atomic.Int64 // unix nanoseconds
+	// holds are the connections and calls that keep it from being idle.
+	holds atomic.Int64
 	// admitted is true while the sandbox counts as one that runs.
 	admitted atomic.Bool
 
@@ -37,6 +39,7 @@ type entry struct {
 	stopGuard context.CancelFunc
 
 	mu     sync.Mutex
+	given  given
 	flight *flight            // the boot under way
 	alarm  context.CancelFunc // ends the timer that is set, if any
 	ending *ending            // the driver's Stop under way, if any
@@ -73,7 +76,13 @@ func (e *entry) unlock() { <-e.op }
 
 func (e *entry) touch(at time.Time) { e.activity.Store(at.UnixNano()) }
 
-func (e *entry) lastActivity() time.Time { return time.Unix(0, e.activity.Load()) }
+// lastActivity is now while anybody holds the sandbox.
+func (e *entry) lastActivity() time.Time {
+	if e.holds.Load() > 0 {
+		return time.Now()
+	}
+	return time.Unix(0, e.activity.Load())
+}
 
 // view returns the sandbox as it is now, the caller's to keep.
 func (e *entry) view() *Sandbox {
@@ -108,6 +117,10 @@ func (m *Manager) publish(e *entry, see func(*Sandbox)) {
 		rec := e.rec
 		s.Name, s.UID, s.Spec, s.Labels = rec.Name, rec.UID, rec.Spec, rec.Labels
 		s.Desired, s.Generation, s.Resources = Desired(rec.Desired), rec.Generation, rec.Resources
+		s.Endpoints = nil
+		for _, l := range rec.Leases {
+			s.Endpoints = append(s.Endpoints, endpointOf(l))
+		}
 		s.CreatedAt, s.UpdatedAt, s.created = rec.CreatedAt, rec.UpdatedAt, rec.Created
 		if see != nil {
 			see(s)
@@ -122,6 +135,7 @@ func enter(phase Phase, reason, message string) func(*Sandbox) {
 		s.NextRestartAt = time.Time{}
 		if phase != PhaseReady {
 			s.ReadyAt = time.Time{}
+			s.GuestdVersion, s.Detected = "", nil
 		}
 	}
 }

@@ -16,6 +16,7 @@ func (m *Manager) guard(drv sandbox.Driver, e *entry) {
 	ctx, cancel := context.WithCancel(m.life)
 	e.stopGuard = cancel
 	generation := e.rec.Generation
+	m.work.Go(func() { m.tend(ctx, drv, e, generation) })
 	m.work.Go(func() {
 		defer cancel()
 		pause := 100 * time.Millisecond
@@ -60,31 +61,36 @@ func (m *Manager) lifeEnded(ctx context.Context, drv sandbox.Driver, e *entry, g
 		return
 	}
 	if obs.State == sandbox.StateRunning {
-		m.renew(drv, e, obs)
+		m.renew(e)
 		return
 	}
 	m.ended(e, obs)
 }
 
 // renew notes that somebody restarted the sandbox from outside: a new life,
-// and so a new generation.
-func (m *Manager) renew(drv sandbox.Driver, e *entry, obs sandbox.Observation) {
+// and so a boot of its own, which gives it what its workload needs.
+func (m *Manager) renew(e *entry) {
 	m.log.Warn("restarted from outside", "sandbox", e.name)
+	e.unguard()
+	m.forward.CutOff(e.name, e.rec.Generation)
 	e.admitted.Store(true)
 	err := m.put(e, func(r *store.Record) {
-		r.Pending, r.HostBoot = store.PendingNone, m.hostBoot
+		r.Pending, r.HostBoot = store.PendingBoot, m.hostBoot
 		r.Generation++
-	}, m.becomeReady(e, obs))
+	}, nil)
 	if err != nil {
 		m.log.Error("record not written", "sandbox", e.name, "err", err)
+		m.retryLater(e)
+		return
 	}
-	m.guard(drv, e)
+	m.bootLater(e)
 }
 
 // ended acts on a workload that ended by itself: start it again if the restart
 // policy says so, or note how it ended. It needs the operation lock.
 func (m *Manager) ended(e *entry, obs sandbox.Observation) {
 	e.unguard()
+	m.forward.CutOff(e.name, e.rec.Generation)
 	e.admitted.Store(false)
 	code := obs.ExitCode
 	message := "the workload exited with status " + exitText(obs)

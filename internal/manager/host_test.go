@@ -16,6 +16,7 @@ import (
 
 func TestMain(m *testing.M) {
 	process.Main()
+	serviceMain()
 	os.Exit(m.Run())
 }
 

@@ -55,6 +55,10 @@ func (m *Manager) stopIdle(now time.Time) {
 		if !s.isReady() || s.Spec.Idle.Timeout == 0 {
 			continue
 		}
+		if m.forward.OpenConnections(e.name) > 0 {
+			e.touch(now)
+			continue
+		}
 		idle := now.Sub(e.lastActivity())
 		own := idle > s.Spec.Idle.Timeout
 		if own || pressed && idle > limit {
@@ -103,7 +107,7 @@ func (m *Manager) stopIfIdle(e *entry, since time.Time) {
 	// the phase is another, either its call is seen here, or it sees that and
 	// waits for the next boot.
 	m.see(e, enter(PhaseStopping, "IDLE", ""))
-	if e.lastActivity().After(since) {
+	if e.lastActivity().After(since) || m.forward.OpenConnections(e.name) > 0 {
 		m.see(e, func(s *Sandbox) {
 			enter(PhaseReady, "", "")(s)
 			s.ReadyAt = before.ReadyAt

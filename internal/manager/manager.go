@@ -22,7 +22,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/choiros/agent/internal/forward"
 	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/secrets"
 	"github.com/choiros/agent/internal/store"
 )
 
@@ -42,6 +44,10 @@ type Config struct {
 	MaxRunning int
 	// MinFreeMemoryMiB refuses boots while less is available; default 1024.
 	MinFreeMemoryMiB uint64
+	// Secrets reads the sources of secrets; nil: specs may have none.
+	Secrets *secrets.Resolver
+	// Ports is how ports are forwarded; its Backend and Log are set by Open.
+	Ports forward.Config
 	// IdleScan is the pause between two looks for idle sandboxes; default 30 s.
 	IdleScan time.Duration
 	Log      *slog.Logger
@@ -77,6 +83,7 @@ type Manager struct {
 	reconciled chan struct{}
 	loaded     []*entry // those that Open read; for reconcileAll alone
 	slots      *slots
+	forward    *forward.Forwarder
 	probes     probeCache
 	requests   requests
 
@@ -114,6 +121,8 @@ func Open(cfg Config) (*Manager, error) {
 		draining:   host.Draining,
 	}
 	m.life, m.cancel = context.WithCancel(context.Background())
+	cfg.Ports.Backend, cfg.Ports.Log = m, cfg.Log
+	m.forward = forward.New(cfg.Ports)
 	for _, rec := range records {
 		e := newEntry(rec.Name) // locked until it is reconciled
 		e.rec = rec
@@ -122,8 +131,16 @@ func Open(cfg Config) (*Manager, error) {
 		m.loaded = append(m.loaded, e)
 		m.publish(e, func(s *Sandbox) { s.Phase = PhaseUnknown })
 	}
+	// At once, so that clients wait for their sandbox instead of being refused.
+	for _, rec := range records {
+		m.openPorts(rec.Name, rec.Leases)
+	}
+	m.forward.DropUnclaimed()
 	return m, nil
 }
+
+// Close closes what Open opened. Run does so too.
+func (m *Manager) Close() error { return m.forward.Close() }
 
 func (c *Config) defaults() {
 	c.MaxConcurrentBoots = cmp.Or(c.MaxConcurrentBoots, 10)
@@ -150,9 +167,10 @@ func (m *Manager) Run(ctx context.Context) error {
 	m.work.Go(m.reconcileAll)
 	m.work.Go(m.tendIdle)
 	<-ctx.Done()
+	err := m.forward.Close()
 	m.cancel()
 	m.work.Wait()
-	return nil
+	return err
 }
 
 // detach runs work to its end, whatever becomes of ctx; only the manager's own

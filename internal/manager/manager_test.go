@@ -134,7 +134,7 @@ func TestStopEndsABoot(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
 	spec := process.Spec("sleep")
-	spec.Readiness = sandbox.Readiness{Exec: []string{process.Program, "exit", "1"}, Timeout: time.Minute}
+	spec.Readiness = sandbox.Readiness{Exec: process.Command("exit", "1"), Timeout: time.Minute}
 	started := make(chan error, 1)
 	go func() {
 		_, err := h.m.Create(t.Context(), CreateRequest{Name: "web", Spec: spec, Start: true})

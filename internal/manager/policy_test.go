@@ -3,6 +3,7 @@ package manager
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,16 +47,16 @@ func TestReadiness(t *testing.T) {
 	h := newHost(t)
 	flag := filepath.Join(t.TempDir(), "up")
 	spec := process.Spec("ready-after", "200ms", flag)
-	spec.Readiness = sandbox.Readiness{Exec: []string{process.Program, "test-file", flag}, Interval: 20 * time.Millisecond}
+	spec.Readiness = sandbox.Readiness{Exec: process.Command("test-file", flag), Interval: 20 * time.Millisecond}
 	s := h.create("late", spec)
 	if _, err := os.Stat(flag); err != nil || s.Phase != PhaseReady {
 		t.Errorf("ready before it was: %v, %s", err, s.Phase)
 	}
 
 	spec = process.Spec("sleep")
-	spec.Readiness = sandbox.Readiness{Exec: []string{process.Program, "exit", "3"}, Timeout: 300 * time.Millisecond}
+	spec.Readiness = sandbox.Readiness{Exec: process.Command("exit", "3"), Timeout: 300 * time.Millisecond}
 	_, err := h.m.Create(t.Context(), CreateRequest{Name: "never", Spec: spec, Start: true})
-	if !errors.Is(err, sandbox.ErrNotReady) || !strings.Contains(err.Error(), "status is 3") {
+	if !errors.Is(err, sandbox.ErrNotReady) || !strings.Contains(err.Error(), "status 3") {
 		t.Errorf("never ready: %v", err)
 	}
 	if s := h.get("never"); s.Phase != PhaseFailed || s.Reason != "NOT_READY" || s.Desired != DesiredStopped {
@@ -67,7 +68,7 @@ func TestReadiness(t *testing.T) {
 	}
 
 	spec = process.Spec("exit", "7")
-	spec.Readiness = sandbox.Readiness{Exec: []string{process.Program, "exit", "1"}, Timeout: time.Minute}
+	spec.Readiness = sandbox.Readiness{Exec: process.Command("exit", "1"), Timeout: time.Minute}
 	if _, err = h.m.Create(t.Context(), CreateRequest{Name: "gone", Spec: spec, Start: true}); !errors.Is(err, sandbox.ErrEnded) {
 		t.Errorf("ended before ready: %v", err)
 	}
@@ -143,14 +144,19 @@ func TestCreateIsRefusedBeforeAnythingIsMade(t *testing.T) {
 			s.Mounts = []sandbox.Mount{{Kind: sandbox.MountData, Source: source, Target: "/data"}}
 		}
 	}
+	other, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	taken := other.Addr().(*net.TCPAddr).AddrPort().Port()
 	for field, edit := range map[string]func(*sandbox.Spec){
 		"spec.driver":                func(s *sandbox.Spec) { s.Driver = "docker" },
 		"spec.image":                 func(s *sandbox.Spec) { s.Image = "absent" },
 		"spec.machine_class":         func(s *sandbox.Spec) { s.MachineClass = "huge" },
-		"spec.ports":                 func(s *sandbox.Spec) { s.Ports = []sandbox.Port{{GuestPort: 80}} },
+		"spec.ports[1].guest_port":   func(s *sandbox.Spec) { s.Ports = []sandbox.Port{{GuestPort: 80}, {GuestPort: 80}} },
+		"spec.ports[0].host_port":    func(s *sandbox.Spec) { s.Ports = []sandbox.Port{{GuestPort: 80, HostPort: taken}} },
 		"spec.secrets":               func(s *sandbox.Spec) { s.Secrets = []sandbox.SecretRef{{Name: "K", Source: "file:/x"}} },
-		"spec.readiness.http":        func(s *sandbox.Spec) { s.Readiness.HTTP = &sandbox.HTTPProbe{Port: 80} },
-		"spec.readiness.tcp":         func(s *sandbox.Spec) { s.Readiness.TCPPort = 80 },
 		"spec.idle.action":           func(s *sandbox.Spec) { s.Idle.Action = sandbox.IdleHibernate },
 		"spec.machine":               func(s *sandbox.Spec) { s.Image, s.Machine = "", "nixos" },
 		"spec.mounts[0].source":      mount("/does/not/exist"),
@@ -165,7 +171,7 @@ func TestCreateIsRefusedBeforeAnythingIsMade(t *testing.T) {
 		t.Run(field, func(t *testing.T) {
 			spec := process.Spec("sleep")
 			edit(&spec)
-			for _, dry := range []bool{true, false} {
+			for _, dry := range []bool{field != "spec.ports[0].host_port", false} {
 				_, err := h.m.Create(t.Context(), CreateRequest{Name: "web", Spec: spec, Start: true, ValidateOnly: dry})
 				var bad *sandbox.FieldError
 				want, _, _ := strings.Cut(field, " ")

@@ -138,7 +138,7 @@ func (m *Manager) resumeRun(drv sandbox.Driver, e *entry, obs sandbox.Observatio
 	rebooted := e.rec.HostBoot != m.hostBoot
 	switch {
 	case obs.State == sandbox.StateRunning && rebooted:
-		m.renew(drv, e, obs)
+		m.renew(e)
 	case e.rec.Pending == store.PendingBoot:
 		m.bootLater(e)
 	case obs.State == sandbox.StateRunning:

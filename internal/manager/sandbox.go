@@ -58,6 +58,13 @@ type Sandbox struct {
 	Exit           *Exit // how the last life ended; nil: none has
 	RestartCount   uint32
 	NextRestartAt  time.Time // in PhaseBackoff
+	// Endpoints are where its ports are reachable.
+	Endpoints []Endpoint
+	// GuestdVersion is that of the guestd inside; empty: not known.
+	GuestdVersion string
+	// Detected are the ports on which something listens inside and that are not
+	// forwarded.
+	Detected []Detected
 	// Resources are those in force, after the machine class.
 	Resources sandbox.Resources
 
@@ -65,9 +72,18 @@ type Sandbox struct {
 	created Request
 }
 
+// Detected is a port inside on which something listens.
+type Detected struct {
+	Port    uint16
+	UDP     bool
+	Program string // empty: not known
+	// Refusal is why it is not forwarded by itself; empty: it can be.
+	Refusal string
+}
+
 // Exit is how a life ended.
 type Exit struct {
-	Code      int
+	Code      int // 128+n when signal n ended it
 	At        time.Time
 	OOMKilled bool
 }

@@ -85,6 +85,7 @@ func (m *Manager) halt(ctx context.Context, drv sandbox.Driver, e *entry) error 
 	if err == nil {
 		var obs sandbox.Observation
 		if obs, err = m.inspect(ctx, drv, e); err == nil {
+			m.forward.CutOff(e.name, e.rec.Generation)
 			e.admitted.Store(false)
 			m.see(e, func(s *Sandbox) { observed(s, obs) })
 			return nil
@@ -317,6 +318,7 @@ func (m *Manager) finishDelete(ctx context.Context, e *entry) error {
 		return deadlined(ctx, err)
 	}
 	e.admitted.Store(false)
+	m.forward.ReleaseAll(e.name)
 	if e.rec.Deleted.ID != "" {
 		m.step("delete:answer")
 		if err := m.keepAnswer(e.rec.Deleted, nil); err != nil {

@@ -23,6 +23,11 @@ type Ref struct {
 // Driver makes sandboxes exist: eight verbs and a dial. It finds them again
 // from their Ref and the operating system alone.
 //
+// What runs first in every sandbox is guestd (internal/guest/guestd), which
+// waits on the guest channel to be configured and only then starts the
+// workload that the spec names. A driver knows no more of it than the command
+// line it is started with; how it ends is how guestd ends.
+//
 // Every method is idempotent and safe for concurrent use, also on one sandbox
 // and also from two processes. Every method honours its context and returns
 // soon after it ends; what a mutation had begun by then is finished or undone
@@ -52,8 +57,9 @@ type Driver interface {
 	Create(ctx context.Context, ref Ref, spec Spec) error
 
 	// Start boots a created sandbox and returns once the operating system
-	// says that it runs. If it runs, it succeeds. Of an absent one: an error
-	// that wraps ErrNotFound. A workload that ends at once is no error.
+	// says that it runs, which is before guestd listens. If it runs, it
+	// succeeds. Of an absent one: an error that wraps ErrNotFound. One that
+	// ends at once is no error.
 	Start(ctx context.Context, ref Ref) error
 
 	// Stop asks the workload to end (SIGTERM), kills it (SIGKILL) after grace,
@@ -77,8 +83,9 @@ type Driver interface {
 	Delete(ctx context.Context, ref Ref) error
 
 	// Dial opens a byte stream to a port of the sandbox's guest channel. If
-	// the sandbox does not run or nothing listens there: an error at once. The
-	// caller closes the connection; ctx ends only the dialling.
+	// nothing listens there: at once an error that wraps ErrUnavailable, as may
+	// be the one for a sandbox that does not run. The caller closes the
+	// connection; ctx ends only the dialling.
 	Dial(ctx context.Context, ref Ref, port uint32) (net.Conn, error)
 }
 
@@ -162,13 +169,6 @@ type LogEntry struct {
 	Data []byte
 }
 
-// Prober is implemented by drivers that can run a readiness command inside.
-type Prober interface {
-	// ProbeExec runs a command inside a running sandbox, as its user, with no
-	// input and its output thrown away, and returns the exit status.
-	ProbeExec(ctx context.Context, ref Ref, command []string) (code int, err error)
-}
-
 // Resizer is implemented by drivers that can change the limits of a created
 // sandbox. The new limits hold from the next Start at the latest.
 type Resizer interface {
@@ -201,12 +201,9 @@ type Image struct {
 }
 
 // Abilities names what a driver can do beyond the basics, found by type
-// assertion: some of "exec-probe", "images", "logs", "resize".
+// assertion: some of "images", "logs", "resize".
 func Abilities(d Driver) []string {
 	var names []string
-	if _, ok := d.(Prober); ok {
-		names = append(names, "exec-probe")
-	}
 	if _, ok := d.(ImageStore); ok {
 		names = append(names, "images")
 	}

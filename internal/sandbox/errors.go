@@ -27,6 +27,10 @@ var (
 	ErrDraining = errors.New("host is draining")
 	// ErrUnavailable: a backend does not answer.
 	ErrUnavailable = errors.New("unavailable")
+	// ErrGuest: what is inside a sandbox does not answer as guestd would.
+	ErrGuest = errors.New("guest does not answer as it should")
+	// ErrRefused: nothing accepts connections on a port inside.
+	ErrRefused = errors.New("connection refused")
 	// ErrNotReady: the sandbox did not become ready in its time.
 	ErrNotReady = errors.New("did not become ready")
 	// ErrEnded: the workload ended before it was ready.
@@ -65,6 +69,8 @@ func Failures() []Failure {
 		{ErrDraining, "HOST_DRAINING", 14, 8},
 		{ErrUnsupported, "UNSUPPORTED", 12, 6},
 		{ErrExhausted, "RESOURCE_EXHAUSTED", 8, 7},
+		{ErrGuest, "GUEST_UNAVAILABLE", 14, 8},
+		{ErrRefused, "CONNECTION_REFUSED", 14, 8},
 		{ErrUnavailable, "DRIVER_UNAVAILABLE", 14, 8},
 		{ErrNotReady, "NOT_READY", 4, 9},
 		{ErrEnded, "WORKLOAD_ENDED", 9, 10},

@@ -181,6 +181,9 @@ type HTTPProbe struct {
 	Path string `json:"path"`
 }
 
+// Probes reports whether there is a probe.
+func (r Readiness) Probes() bool { return r.HTTP != nil || r.TCPPort != 0 || len(r.Exec) > 0 }
+
 // ReadyTimeout is the time from start to ready after which the start failed.
 func (r Readiness) ReadyTimeout() time.Duration {
 	if r.Timeout == 0 {

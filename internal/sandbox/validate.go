@@ -106,29 +106,50 @@ func (s *Spec) validateProcess() error {
 	if err := validateArgs("spec.command", s.Command); err != nil {
 		return err
 	}
-	if s.User != "" && !userPattern.MatchString(s.User) {
-		return Invalidf("spec.user", "%s is not of the form user[:group]", clip(s.User))
+	if err := ValidateUser("spec.user", s.User); err != nil {
+		return err
 	}
 	if s.WorkingDir != "" {
-		if err := validatePath("spec.working_dir", s.WorkingDir); err != nil {
+		if err := ValidatePath("spec.working_dir", s.WorkingDir); err != nil {
 			return err
 		}
 	}
-	if len(s.Env) > maxEnv {
-		return Invalidf("spec.env", "has %d variables; at most %d are allowed", len(s.Env), maxEnv)
+	return ValidateEnv("spec.env", s.Env)
+}
+
+// ValidateUser refuses what is not user[:group]; empty is nobody in particular.
+func ValidateUser(field, user string) error {
+	if user != "" && !userPattern.MatchString(user) {
+		return Invalidf(field, "%s is not of the form user[:group]", clip(user))
+	}
+	return nil
+}
+
+// ValidateCommand refuses what no program can be called with.
+func ValidateCommand(field string, args []string) error {
+	if len(args) == 0 || args[0] == "" {
+		return Invalidf(field, "names no program")
+	}
+	return validateArgs(field, args)
+}
+
+// ValidateEnv refuses names and values that no environment can have.
+func ValidateEnv(field string, env map[string]string) error {
+	if len(env) > maxEnv {
+		return Invalidf(field, "has %d variables; at most %d are allowed", len(env), maxEnv)
 	}
 	size := 0
-	for name, value := range s.Env {
+	for name, value := range env {
 		if !envPattern.MatchString(name) {
-			return Invalidf("spec.env", "name %s is not of the form [A-Za-z_][A-Za-z0-9_]*", clip(name))
+			return Invalidf(field, "name %s is not of the form [A-Za-z_][A-Za-z0-9_]*", clip(name))
 		}
 		if strings.ContainsRune(value, 0) {
-			return Invalidf("spec.env["+name+"]", "has a NUL byte")
+			return Invalidf(field+"["+name+"]", "has a NUL byte")
 		}
 		size += len(name) + len(value)
 	}
 	if size > maxArgsBytes {
-		return Invalidf("spec.env", "is %d bytes long; at most %d are allowed", size, maxArgsBytes)
+		return Invalidf(field, "is %d bytes long; at most %d are allowed", size, maxArgsBytes)
 	}
 	return nil
 }
@@ -160,10 +181,10 @@ func (s *Spec) validateMounts() error {
 		if m.Target == "" {
 			m.Target = "/" + string(m.Kind)
 		}
-		if err := validatePath(field+".source", m.Source); err != nil {
+		if err := ValidatePath(field+".source", m.Source); err != nil {
 			return err
 		}
-		if err := validatePath(field+".target", m.Target); err != nil {
+		if err := ValidatePath(field+".target", m.Target); err != nil {
 			return err
 		}
 		if reservedTarget(m.Target) {
@@ -272,11 +293,8 @@ func (s *Spec) validateReadiness() error {
 	}
 	if len(r.Exec) > 0 {
 		probes++
-		if err := validateArgs("spec.readiness.exec.command", r.Exec); err != nil {
+		if err := ValidateCommand("spec.readiness.exec.command", r.Exec); err != nil {
 			return err
-		}
-		if r.Exec[0] == "" {
-			return Invalidf("spec.readiness.exec.command", "names no program")
 		}
 	}
 	if probes > 1 {
@@ -363,7 +381,9 @@ func validateArgs(field string, args []string) error {
 	return nil
 }
 
-func validatePath(field, p string) error {
+// ValidatePath refuses what is not the absolute path of a file, in its
+// simplest form.
+func ValidatePath(field, p string) error {
 	switch {
 	case p == "":
 		return Invalidf(field, "is missing; give an absolute path")

@@ -54,10 +54,10 @@ func TestContractThroughClientServerAndManager(t *testing.T) {
 			spec.Mounts, spec.Env = w.Mounts, w.Env
 			return spec
 		},
-		Program:  []string{process.Program},
 		GuestDir: process.GuestDir,
 		Without: drivertest.Without{
-			Dial: true, // guestd brings what goes over it
+			Dial:      true, // guestd brings what goes over it
+			Configure: true, // the manager does
 		},
 	})
 }

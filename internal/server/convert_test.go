@@ -60,7 +60,10 @@ func fullSpec(t testing.TB) *agentv1.SandboxSpec {
 			Mode: agentv1.RestartPolicy_MODE_ON_FAILURE, MaxRetries: 5,
 			InitialBackoff: durationpb.New(time.Second), MaxBackoff: durationpb.New(time.Minute),
 		},
-		DriverOptions: options,
+		DriverOptions:  options,
+		Keyless:        true,
+		SecretRotation: &agentv1.SecretRotation{Action: agentv1.SecretRotation_ACTION_SIGNAL, Signal: "USR1"},
+		AutoForward:    &agentv1.AutoForward{Mode: agentv1.AutoForward_MODE_FORWARD, DenyPorts: []uint32{22, 5432}},
 	}
 }
 
@@ -78,7 +81,11 @@ func TestSpecSurvivesBothConversions(t *testing.T) {
 	machine.Readiness.Probe = &agentv1.Readiness_Tcp{Tcp: &agentv1.TcpProbe{Port: 22}}
 	machine.Idle.Action = agentv1.IdlePolicy_ACTION_HIBERNATE
 	machine.Restart.Mode = agentv1.RestartPolicy_MODE_ALWAYS
+	machine.SecretRotation = &agentv1.SecretRotation{Action: agentv1.SecretRotation_ACTION_RESTART}
+	machine.AutoForward.Mode = agentv1.AutoForward_MODE_OFF
 	exec := proto.CloneOf(full)
+	exec.SecretRotation = &agentv1.SecretRotation{Action: agentv1.SecretRotation_ACTION_LEAVE}
+	exec.AutoForward = &agentv1.AutoForward{Mode: agentv1.AutoForward_MODE_OFFER}
 	exec.Readiness.Probe = &agentv1.Readiness_Exec{Exec: &agentv1.ExecProbe{Command: []string{"true"}}}
 	exec.Restart.Mode = agentv1.RestartPolicy_MODE_NEVER
 	bare := &agentv1.SandboxSpec{Source: &agentv1.SandboxSpec_Image{Image: "x"}}

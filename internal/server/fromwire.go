@@ -40,6 +40,7 @@ func specFromWire(w *agentv1.SandboxSpec) (sandbox.Spec, error) {
 		Env:          maps.Clone(w.GetEnv()),
 		Resources:    resourcesFromWire(w.GetResources()),
 		Secrets:      secretsFromWire(w.GetSecrets()),
+		Keyless:      w.GetKeyless(),
 	}
 	var err error
 	if spec.Mounts, err = mountsFromWire(w.GetMounts()); err != nil {
@@ -55,6 +56,12 @@ func specFromWire(w *agentv1.SandboxSpec) (sandbox.Spec, error) {
 		return sandbox.Spec{}, err
 	}
 	if spec.Restart, err = restartFromWire(w.GetRestart()); err != nil {
+		return sandbox.Spec{}, err
+	}
+	if spec.Rotation, err = rotationFromWire(w.GetSecretRotation()); err != nil {
+		return sandbox.Spec{}, err
+	}
+	if spec.AutoForward, err = autoForwardFromWire(w.GetAutoForward()); err != nil {
 		return sandbox.Spec{}, err
 	}
 	if spec.DriverOptions, err = optionsFromWire("spec.driver_options", w.GetDriverOptions()); err != nil {
@@ -98,25 +105,35 @@ func mountsFromWire(w []*agentv1.Mount) ([]sandbox.Mount, error) {
 func portsFromWire(w []*agentv1.Port) ([]sandbox.Port, error) {
 	var ports []sandbox.Port
 	for i, p := range w {
-		field := fmt.Sprintf("spec.ports[%d]", i)
-		port := sandbox.Port{Name: p.GetName(), BindAddress: p.GetBindAddress()}
-		switch protocol := p.GetProtocol(); protocol {
-		case agentv1.Protocol_PROTOCOL_UNSPECIFIED, agentv1.Protocol_PROTOCOL_TCP:
-		case agentv1.Protocol_PROTOCOL_UDP:
-			port.UDP = true
-		default:
-			return nil, unknownEnum(field+".protocol", int32(protocol))
-		}
-		var err error
-		if port.GuestPort, err = portFromWire(field+".guest_port", p.GetGuestPort(), 1); err != nil {
-			return nil, err
-		}
-		if port.HostPort, err = portFromWire(field+".host_port", p.GetHostPort(), 0); err != nil {
+		port, err := portSpecFromWire(fmt.Sprintf("spec.ports[%d]", i), p)
+		if err != nil {
 			return nil, err
 		}
 		ports = append(ports, port)
 	}
 	return ports, nil
+}
+
+func portSpecFromWire(field string, p *agentv1.Port) (port sandbox.Port, err error) {
+	port = sandbox.Port{Name: p.GetName(), BindAddress: p.GetBindAddress()}
+	if port.UDP, err = udpFromWire(field+".protocol", p.GetProtocol()); err != nil {
+		return port, err
+	}
+	if port.GuestPort, err = portFromWire(field+".guest_port", p.GetGuestPort(), 1); err != nil {
+		return port, err
+	}
+	port.HostPort, err = portFromWire(field+".host_port", p.GetHostPort(), 0)
+	return port, err
+}
+
+func udpFromWire(field string, protocol agentv1.Protocol) (udp bool, err error) {
+	switch protocol {
+	case agentv1.Protocol_PROTOCOL_UNSPECIFIED, agentv1.Protocol_PROTOCOL_TCP:
+		return false, nil
+	case agentv1.Protocol_PROTOCOL_UDP:
+		return true, nil
+	}
+	return false, unknownEnum(field, int32(protocol))
 }
 
 func portFromWire(field string, number, low uint32) (uint16, error) {
@@ -188,6 +205,45 @@ func restartFromWire(w *agentv1.RestartPolicy) (sandbox.RestartPolicy, error) {
 	}
 	restart.MaxBackoff, err = durationFromWire("spec.restart.max_backoff", w.GetMaxBackoff())
 	return restart, err
+}
+
+func rotationFromWire(w *agentv1.SecretRotation) (sandbox.RotationPolicy, error) {
+	rotation := sandbox.RotationPolicy{Signal: w.GetSignal()}
+	switch action := w.GetAction(); action {
+	case agentv1.SecretRotation_ACTION_UNSPECIFIED:
+	case agentv1.SecretRotation_ACTION_LEAVE:
+		rotation.Action = sandbox.RotationLeave
+	case agentv1.SecretRotation_ACTION_SIGNAL:
+		rotation.Action = sandbox.RotationSignal
+	case agentv1.SecretRotation_ACTION_RESTART:
+		rotation.Action = sandbox.RotationRestart
+	default:
+		return rotation, unknownEnum("spec.secret_rotation.action", int32(action))
+	}
+	return rotation, nil
+}
+
+func autoForwardFromWire(w *agentv1.AutoForward) (sandbox.AutoForward, error) {
+	var auto sandbox.AutoForward
+	switch mode := w.GetMode(); mode {
+	case agentv1.AutoForward_MODE_UNSPECIFIED:
+	case agentv1.AutoForward_MODE_OFF:
+		auto.Mode = sandbox.AutoForwardOff
+	case agentv1.AutoForward_MODE_OFFER:
+		auto.Mode = sandbox.AutoForwardOffer
+	case agentv1.AutoForward_MODE_FORWARD:
+		auto.Mode = sandbox.AutoForwardForward
+	default:
+		return auto, unknownEnum("spec.auto_forward.mode", int32(mode))
+	}
+	for i, number := range w.GetDenyPorts() {
+		port, err := portFromWire(fmt.Sprintf("spec.auto_forward.deny_ports[%d]", i), number, 1)
+		if err != nil {
+			return auto, err
+		}
+		auto.Deny = append(auto.Deny, port)
+	}
+	return auto, nil
 }
 
 // optionsFromWire returns the options as JSON with sorted keys, nil if there

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -35,11 +36,11 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 }
 
 // stream is unary for streams. It also ends those that would go on for ever
-// when the server stops.
+// when the server stops; what is being sent in is waited for.
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	ctx, cancel := context.WithCancelCause(ss.Context())
 	defer cancel(nil)
-	if !info.IsClientStream {
+	if info.IsServerStream {
 		stop := context.AfterFunc(s.serving, func() { cancel(errStopping) })
 		defer stop()
 	}
@@ -69,7 +70,7 @@ func (w *watchedStream) RecvMsg(m any) error {
 	if _, archive := m.(*agentv1.LoadImageRequest); !ok || archive {
 		return nil // the header is looked at where it is read
 	}
-	w.sandbox = sandboxOf(m)
+	w.sandbox = cmp.Or(sandboxOf(m), w.sandbox)
 	return refuseUnknown(msg.ProtoReflect(), "")
 }
 
@@ -80,6 +81,16 @@ func sandboxOf(req any) string {
 	}
 	if holder, ok := req.(interface{ GetSandbox() *agentv1.Sandbox }); ok {
 		return holder.GetSandbox().GetName()
+	}
+	switch first := req.(type) {
+	case *agentv1.ExecRequest:
+		return cmp.Or(first.GetStart().GetName(), first.GetAttach().GetName())
+	case *agentv1.TunnelRequest:
+		return first.GetOpen().GetName()
+	case *agentv1.WriteFileRequest:
+		return first.GetHeader().GetName()
+	case *agentv1.UploadArchiveRequest:
+		return first.GetHeader().GetName()
 	}
 	return ""
 }

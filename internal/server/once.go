@@ -72,12 +72,15 @@ func checkRequestID(id string) error {
 }
 
 // fingerprint tells requests apart: the SHA-256 of the message's name and its
-// deterministic form without the request id.
+// deterministic form without the request id. The values of secrets are left
+// out too: it is recorded, and a hash of something short gives it away.
 func fingerprint(req proto.Message) string {
 	bare := proto.Clone(req)
 	m := bare.ProtoReflect()
-	if field := m.Descriptor().Fields().ByName("request_id"); field != nil {
-		m.Clear(field)
+	for _, name := range []protoreflect.Name{"request_id", "secret_values"} {
+		if field := m.Descriptor().Fields().ByName(name); field != nil {
+			m.Clear(field)
+		}
 	}
 	hash := sha256.New()
 	fmt.Fprintf(hash, "%s\n", m.Descriptor().FullName())
@@ -130,7 +133,7 @@ func refuseUnknown(m protoreflect.Message, path string) error {
 }
 
 func refuseUnknownIn(field protoreflect.FieldDescriptor, value protoreflect.Value, path string) error {
-	// Maps of this API hold strings, and the well-known types do not grow.
+	// Maps of this API hold no messages, and the well-known types do not grow.
 	if field.IsMap() || field.Message() == nil || field.Message().ParentFile().Package() == "google.protobuf" {
 		return nil
 	}

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 
@@ -31,6 +32,10 @@ func (s *sandboxService) CreateSandbox(
 	if err != nil {
 		return nil, err
 	}
+	if err := checkValues("secret_values", req.GetSecretValues()); err != nil {
+		return nil, err
+	}
+	create.SecretValues = req.GetSecretValues()
 	create.Start = req.GetStart()
 	create.ValidateOnly = req.GetValidateOnly()
 	run := func(ctx context.Context, request manager.Request) (*agentv1.CreateSandboxResponse, error) {
@@ -85,12 +90,19 @@ func (s *sandboxService) EnsureSandbox(
 		if err != nil {
 			return nil, err
 		}
+		converted.SecretValues = req.GetSecretValues()
 		create = &converted
+	}
+	if err := checkValues("secret_values", req.GetSecretValues()); err != nil {
+		return nil, err
 	}
 	return once(ctx, s.manager, req.GetRequestId(), req,
 		func(ctx context.Context, request manager.Request) (*agentv1.EnsureSandboxResponse, error) {
 			if create != nil {
 				create.Request = request
+			}
+			if err := s.keepValues(req.GetName(), req.GetSecretValues(), create != nil); err != nil {
+				return nil, err
 			}
 			sb, err := s.manager.Ensure(ctx, req.GetName(), create)
 			if err != nil {
@@ -106,14 +118,33 @@ func (s *sandboxService) StartSandbox(
 	if err := sandbox.ValidateName("name", req.GetName()); err != nil {
 		return nil, err
 	}
+	if err := checkValues("secret_values", req.GetSecretValues()); err != nil {
+		return nil, err
+	}
 	return once(ctx, s.manager, req.GetRequestId(), req,
 		func(ctx context.Context, _ manager.Request) (*agentv1.StartSandboxResponse, error) {
+			if err := s.keepValues(req.GetName(), req.GetSecretValues(), false); err != nil {
+				return nil, err
+			}
 			sb, err := s.manager.Start(ctx, req.GetName())
 			if err != nil {
 				return nil, err
 			}
 			return &agentv1.StartSandboxResponse{Sandbox: sandboxToWire(sb)}, nil
 		})
+}
+
+// keepValues keeps values of secrets for the boot that may follow. absentOK:
+// the sandbox may be about to be made, which keeps them itself.
+func (s *sandboxService) keepValues(name string, values map[string][]byte, absentOK bool) error {
+	if len(values) == 0 {
+		return nil
+	}
+	err := s.manager.KeepSecrets(name, values)
+	if absentOK && errors.Is(err, sandbox.ErrNotFound) {
+		return nil
+	}
+	return err
 }
 
 func (s *sandboxService) StopSandbox(

@@ -3,7 +3,9 @@ package server
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -90,10 +92,12 @@ func New(cfg Config) *Server {
 		work:    &s.work,
 	})
 	agentv1.RegisterHostServiceServer(s.grpc, &hostService{manager: cfg.Manager, version: cfg.Version})
-	s.services = []string{
-		"", agentv1.SandboxService_ServiceDesc.ServiceName,
-		agentv1.ImageService_ServiceDesc.ServiceName, agentv1.HostService_ServiceDesc.ServiceName,
-	}
+	agentv1.RegisterExecServiceServer(s.grpc, &execService{manager: cfg.Manager})
+	agentv1.RegisterFileServiceServer(s.grpc, &fileService{manager: cfg.Manager})
+	agentv1.RegisterSecretServiceServer(s.grpc, &secretService{manager: cfg.Manager})
+	agentv1.RegisterPortServiceServer(s.grpc, &portService{manager: cfg.Manager})
+	agentv1.RegisterStatsServiceServer(s.grpc, &statsService{manager: cfg.Manager})
+	s.services = append(slices.Sorted(maps.Keys(s.grpc.GetServiceInfo())), "") // all of ours so far
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
 	s.tell(healthpb.HealthCheckResponse_NOT_SERVING)

@@ -44,6 +44,11 @@ func statusToWire(sb *manager.Sandbox) *agentv1.SandboxStatus {
 		RestartCount:     sb.RestartCount,
 		NextRestartTime:  timeToWire(sb.NextRestartAt),
 		Resources:        resourcesToWire(sb.Resources),
+		DetectedPorts:    detectedToWire(sb.Detected),
+		GuestdVersion:    sb.GuestdVersion,
+	}
+	for _, e := range sb.Endpoints {
+		status.Endpoints = append(status.Endpoints, endpointToWire(e, sb.Generation))
 	}
 	if sb.Exit != nil {
 		status.Exit = &agentv1.Exit{
@@ -51,8 +56,35 @@ func statusToWire(sb *manager.Sandbox) *agentv1.SandboxStatus {
 			Time:      timeToWire(sb.Exit.At),
 			OomKilled: sb.Exit.OOMKilled,
 		}
+		if code := sb.Exit.Code; code > 128 && code <= 128+64 {
+			status.Exit.Signal = sandbox.SignalName(int32(code) - 128)
+		}
 	}
 	return status
+}
+
+func protocolToWire(udp bool) agentv1.Protocol {
+	if udp {
+		return agentv1.Protocol_PROTOCOL_UDP
+	}
+	return agentv1.Protocol_PROTOCOL_TCP
+}
+
+func endpointToWire(e manager.Endpoint, generation uint64) *agentv1.Endpoint {
+	return &agentv1.Endpoint{
+		Name: e.Name, Address: e.Address.String(), GuestPort: uint32(e.GuestPort),
+		Protocol: protocolToWire(e.UDP), Generation: generation,
+	}
+}
+
+func detectedToWire(ports []manager.Detected) []*agentv1.DetectedPort {
+	var w []*agentv1.DetectedPort
+	for _, p := range ports {
+		w = append(w, &agentv1.DetectedPort{
+			GuestPort: uint32(p.Port), Protocol: protocolToWire(p.UDP), Program: p.Program, Refusal: p.Refusal,
+		})
+	}
+	return w
 }
 
 func desiredToWire(d manager.Desired) agentv1.DesiredState {
@@ -107,6 +139,11 @@ func specToWire(s sandbox.Spec) *agentv1.SandboxSpec {
 		Idle:          idleToWire(s.Idle),
 		Restart:       restartToWire(s.Restart),
 		DriverOptions: optionsToWire(s.DriverOptions),
+		Keyless:       s.Keyless,
+		AutoForward:   autoForwardToWire(s.AutoForward),
+	}
+	if s.Rotation != (sandbox.RotationPolicy{}) {
+		spec.SecretRotation = &agentv1.SecretRotation{Action: rotationActionToWire(s.Rotation.Action), Signal: s.Rotation.Signal}
 	}
 	if s.Resources != (sandbox.Resources{}) {
 		spec.Resources = resourcesToWire(s.Resources)
@@ -142,14 +179,10 @@ func mountsToWire(mounts []sandbox.Mount) []*agentv1.Mount {
 func portsToWire(ports []sandbox.Port) []*agentv1.Port {
 	var w []*agentv1.Port
 	for _, p := range ports {
-		port := &agentv1.Port{
+		w = append(w, &agentv1.Port{
 			Name: p.Name, GuestPort: uint32(p.GuestPort), HostPort: uint32(p.HostPort),
-			Protocol: agentv1.Protocol_PROTOCOL_TCP, BindAddress: p.BindAddress,
-		}
-		if p.UDP {
-			port.Protocol = agentv1.Protocol_PROTOCOL_UDP
-		}
-		w = append(w, port)
+			Protocol: protocolToWire(p.UDP), BindAddress: p.BindAddress,
+		})
 	}
 	return w
 }
@@ -210,6 +243,37 @@ func restartToWire(p sandbox.RestartPolicy) *agentv1.RestartPolicy {
 		w.Mode = agentv1.RestartPolicy_MODE_ON_FAILURE
 	case sandbox.RestartAlways:
 		w.Mode = agentv1.RestartPolicy_MODE_ALWAYS
+	}
+	return w
+}
+
+func rotationActionToWire(action sandbox.RotationAction) agentv1.SecretRotation_Action {
+	switch action {
+	case sandbox.RotationLeave:
+		return agentv1.SecretRotation_ACTION_LEAVE
+	case sandbox.RotationSignal:
+		return agentv1.SecretRotation_ACTION_SIGNAL
+	case sandbox.RotationRestart:
+		return agentv1.SecretRotation_ACTION_RESTART
+	}
+	return agentv1.SecretRotation_ACTION_UNSPECIFIED
+}
+
+func autoForwardToWire(a sandbox.AutoForward) *agentv1.AutoForward {
+	if a.Mode == "" && len(a.Deny) == 0 {
+		return nil
+	}
+	w := &agentv1.AutoForward{}
+	switch a.Mode {
+	case sandbox.AutoForwardOff:
+		w.Mode = agentv1.AutoForward_MODE_OFF
+	case sandbox.AutoForwardOffer:
+		w.Mode = agentv1.AutoForward_MODE_OFFER
+	case sandbox.AutoForwardForward:
+		w.Mode = agentv1.AutoForward_MODE_FORWARD
+	}
+	for _, port := range a.Deny {
+		w.DenyPorts = append(w.DenyPorts, uint32(port))
 	}
 	return w
 }

@@ -55,6 +55,8 @@ type Record struct {
 	HostBoot string `json:"host_boot,omitempty"`
 	// Resources are those the artefacts were made with.
 	Resources sandbox.Resources `json:"resources,omitzero"`
+	// Leases are the host ports that are the sandbox's, until it is deleted.
+	Leases []Lease `json:"leases,omitempty"`
 	// Grace is for PendingStop and DesiredDeleted.
 	Grace time.Duration `json:"grace_ns,omitempty"`
 
@@ -66,6 +68,17 @@ type Record struct {
 
 	CreatedAt time.Time `json:"created_at"`
 	UpdatedAt time.Time `json:"updated_at"`
+}
+
+// Lease is a host port that leads to a port inside.
+type Lease struct {
+	Name        string `json:"name,omitempty"`
+	GuestPort   uint16 `json:"guest_port"`
+	HostPort    uint16 `json:"host_port"`
+	UDP         bool   `json:"udp,omitempty"`
+	BindAddress string `json:"bind_address,omitempty"` // empty: 127.0.0.1
+	// Auto says that nobody asked for it: something was found to listen there.
+	Auto bool `json:"auto,omitempty"`
 }
 
 // Request identifies one request of a caller's. The zero Request is none.
@@ -108,6 +121,11 @@ func decodeRecord(data []byte, name string) (Record, error) {
 	case PendingNone, PendingCreate, PendingBoot, PendingStop:
 	default:
 		return Record{}, fmt.Errorf("its pending intent is %q", rec.Pending)
+	}
+	for _, l := range rec.Leases {
+		if l.GuestPort == 0 || l.HostPort == 0 {
+			return Record{}, fmt.Errorf("it has a lease without a port")
+		}
 	}
 	if rec.UID == "" {
 		return Record{}, fmt.Errorf("it has no uid")

@@ -1,0 +1,280 @@
+package manager
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/choiros/agent/internal/guest"
+	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/store"
+)
+
+// entropyBytes is how much a booting guest is given for its kernel's pool.
+const entropyBytes = 32
+
+// Pauses between two attempts to reach a guestd that is only just starting, or
+// has stopped answering.
+const (
+	firstCall = time.Millisecond
+	lastCall  = 20 * time.Millisecond
+	lastLink  = 5 * time.Second
+)
+
+// unreachableAfter is how long a guestd may not answer before that is shown.
+const unreachableAfter = 3 * time.Second
+
+// guest is the way to a sandbox's guestd.
+func (m *Manager) guest(drv sandbox.Driver, name string) *guest.Guest {
+	return guest.New(name, func(ctx context.Context) (net.Conn, error) {
+		return drv.Dial(ctx, m.ref(name), guest.Port)
+	})
+}
+
+// Visit is a caller's stay with a running sandbox, which is not idle meanwhile.
+type Visit struct {
+	Guest *guest.Guest
+	// Generation is that of the boot that runs.
+	Generation uint64
+	leave      func()
+}
+
+// Leave ends the visit.
+func (v *Visit) Leave() { v.leave() }
+
+// Visit returns the way to the guest of a sandbox that runs, or is becoming
+// ready. It counts as activity until it is left.
+func (m *Manager) Visit(ctx context.Context, name string) (*Visit, error) {
+	s, err := m.Sandbox(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	e, err := m.find(name)
+	if err != nil {
+		return nil, err
+	}
+	drv, err := m.driver(s.Spec.Driver)
+	if err != nil {
+		return nil, err
+	}
+	if s.Phase != PhaseReady && s.Phase != PhaseStarting {
+		return nil, fmt.Errorf("sandbox %s is %s: %w", name, s.Phase, sandbox.ErrState)
+	}
+	return &Visit{Guest: m.guest(drv, name), Generation: s.Generation, leave: e.hold()}, nil
+}
+
+// hold counts as activity until the function it returns is called.
+func (e *entry) hold() (release func()) {
+	e.holds.Add(1)
+	e.touch(time.Now())
+	var once sync.Once
+	return func() {
+		once.Do(func() {
+			e.touch(time.Now())
+			e.holds.Add(-1)
+		})
+	}
+}
+
+// awaitReady gives a sandbox that runs what its workload needs, and returns
+// once its readiness probe succeeds, the workload has ended, or the time is up.
+func (m *Manager) awaitReady(ctx context.Context, drv sandbox.Driver, e *entry, values []guest.Secret) error {
+	readiness := e.rec.Spec.Readiness
+	ctx, cancel := context.WithTimeoutCause(ctx, readiness.ReadyTimeout(), errProbeTimeout)
+	defer cancel()
+	var gone *endedError
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if obs, err := drv.Wait(ctx, m.ref(e.name)); err == nil {
+			gone = &endedError{obs}
+			cancel()
+		}
+	}()
+	b := bringUp{manager: m, entry: e, guest: m.guest(drv, e.name), values: values}
+	err := b.run(ctx)
+	early := context.Cause(ctx)
+	cancel()
+	<-ended
+	switch {
+	case err == nil:
+		return nil
+	case gone != nil && b.begun && !readiness.Probes():
+		return nil // it ran; how it ended, the guard tells
+	case gone != nil:
+		return gone
+	case errors.Is(early, errProbeTimeout):
+		return fmt.Errorf("start %s: %w within %s: %s", e.name, sandbox.ErrNotReady, readiness.ReadyTimeout(), b.last)
+	case early != nil:
+		return early
+	}
+	return err
+}
+
+var errProbeTimeout = errors.New("readiness timeout")
+
+// bringUp is a boot from where the sandbox runs to where it is ready.
+type bringUp struct {
+	manager *Manager
+	entry   *entry
+	guest   *guest.Guest
+	values  []guest.Secret
+	// begun is set once the workload may have been started.
+	begun bool
+	// last is what kept it from being ready, for people.
+	last string
+}
+
+func (b *bringUp) run(ctx context.Context) error {
+	e := b.entry
+	entropy := make([]byte, entropyBytes)
+	_, _ = rand.Read(entropy) // never fails, see crypto/rand
+	b.manager.step("boot:configure")
+	err := b.insist(ctx, func() error {
+		err := b.guest.Configure(ctx, guest.Configuration{
+			Generation: e.rec.Generation, Hostname: e.name, Secrets: b.values, Entropy: entropy,
+		})
+		// It may have got it even if it did not come to answer.
+		b.begun = b.begun || err == nil || errors.Is(err, sandbox.ErrGuest)
+		return err
+	})
+	if errors.Is(err, sandbox.ErrNotFound) || errors.Is(err, sandbox.ErrDenied) {
+		return &sandbox.FieldError{Field: "spec.command", Problem: err.Error()}
+	}
+	if err != nil || !e.rec.Spec.Readiness.Probes() {
+		return err
+	}
+	b.last = "the probe gave no answer"
+	b.manager.step("boot:probe")
+	return b.insist(ctx, func() error {
+		return b.guest.AwaitReady(ctx, e.rec.Spec.Readiness, func(note string) { b.last = note })
+	})
+}
+
+// insist repeats a call until guestd answers.
+func (b *bringUp) insist(ctx context.Context, call func() error) error {
+	if b.last == "" {
+		b.last = "its guestd does not answer"
+	}
+	for pause := firstCall; ; pause = min(2*pause, lastCall) {
+		err := call()
+		if said, ok := errors.AsType[*guest.Error](err); err == nil || ok && said != nil {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// tend keeps in touch with the guest of the present life until ctx ends: it
+// learns which guestd it is, what listens inside, and whether it answers.
+func (m *Manager) tend(ctx context.Context, drv sandbox.Driver, e *entry, generation uint64) {
+	g := m.guest(drv, e.name)
+	var silentSince time.Time
+	for pause := firstCall; ctx.Err() == nil; {
+		heard, err := m.listen(ctx, g, e, generation)
+		switch {
+		case ctx.Err() != nil || errors.Is(err, errStranger):
+			return
+		case errors.Is(err, sandbox.ErrUnsupported):
+			// An older guestd: there is nothing to listen to. Look in on it now
+			// and then.
+			heard, pause = true, lastLink
+		}
+		if heard {
+			m.unreachable(ctx, e, nil)
+			silentSince = time.Time{}
+			pause = max(pause, firstCall)
+		} else {
+			if silentSince.IsZero() {
+				silentSince = time.Now()
+			}
+			if time.Since(silentSince) > unreachableAfter {
+				m.unreachable(ctx, e, err)
+			}
+			pause = min(2*pause, lastLink)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// errStranger is a life that this agent did not start.
+var errStranger = errors.New("not the life that this agent started")
+
+// listen greets the guest and sees what listens inside until the connection
+// ends. heard says whether it answered.
+func (m *Manager) listen(ctx context.Context, g *guest.Guest, e *entry, generation uint64) (heard bool, err error) {
+	info, err := g.Hello(ctx)
+	if err != nil {
+		return false, err
+	}
+	if info.Phase == guest.PhaseWaiting || info.Generation != generation && info.Phase == guest.PhaseRunning {
+		return true, m.estranged(ctx, e, generation)
+	}
+	m.unreachable(ctx, e, nil)
+	m.whileOpen(ctx, e, func() {
+		if s := e.snap.Load(); s.GuestdVersion != info.Version {
+			m.see(e, func(s *Sandbox) { s.GuestdVersion = info.Version })
+		}
+	})
+	if e.snap.Load().Spec.AutoForward.Mode == sandbox.AutoForwardOff {
+		// Nothing to see; the end of the life ends ctx.
+		<-ctx.Done()
+		return true, ctx.Err()
+	}
+	return true, g.WatchPorts(ctx, func(listeners []guest.Listener) {
+		m.whileOpen(ctx, e, func() { m.seeListeners(e, listeners) })
+	})
+}
+
+// whileOpen does something under the operation lock, unless ctx ends first.
+func (m *Manager) whileOpen(ctx context.Context, e *entry, work func()) {
+	if e.lock(ctx) != nil {
+		return
+	}
+	defer e.unlock()
+	if ctx.Err() == nil {
+		work()
+	}
+}
+
+// estranged finds that what runs was not started by this agent: somebody
+// restarted it, and it waits to be configured. It gets a new boot.
+func (m *Manager) estranged(ctx context.Context, e *entry, generation uint64) error {
+	m.whileOpen(ctx, e, func() {
+		if e.rec.Generation == generation && e.rec.Desired == store.DesiredRunning && e.rec.Pending == store.PendingNone {
+			m.renew(e)
+		}
+	})
+	return errStranger
+}
+
+// unreachable shows whether guestd answers.
+func (m *Manager) unreachable(ctx context.Context, e *entry, cause error) {
+	const reason = "GUEST_UNREACHABLE"
+	s := e.snap.Load()
+	if (s.Reason == reason) == (cause != nil) {
+		return
+	}
+	m.whileOpen(ctx, e, func() {
+		if e.snap.Load().Phase != PhaseReady {
+			return
+		}
+		if cause != nil {
+			m.log.Warn("guest does not answer", "sandbox", e.name, "err", cause)
+			m.see(e, func(s *Sandbox) { s.Reason, s.Message = reason, cause.Error() })
+			return
+		}
+		m.see(e, func(s *Sandbox) { s.Reason, s.Message = "", "" })
+	})
+}

@@ -1,0 +1,524 @@
+package manager
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/choiros/agent/internal/forward"
+	"github.com/choiros/agent/internal/guest"
+	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/sandbox/drivertest/process"
+	"github.com/choiros/agent/internal/secrets"
+	"github.com/choiros/agent/internal/store"
+)
+
+// serviceFlag makes the test binary a service inside a sandbox.
+const serviceFlag = "-test-service"
+
+// serviceMain takes over if this process is such a service: it greets each
+// connection with its pid and $SECRET, and then echoes. On SIGHUP it prints a
+// line.
+func serviceMain() {
+	if len(os.Args) != 3 || os.Args[1] != serviceFlag {
+		return
+	}
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	listener, err := net.Listen("tcp", "127.0.0.1:"+os.Args[2])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	go func() {
+		for range hup {
+			fmt.Println("hup")
+		}
+	}()
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			os.Exit(1)
+		}
+		go func() {
+			defer conn.Close()
+			fmt.Fprintf(conn, "%d %s\n", os.Getpid(), os.Getenv("SECRET"))
+			_, _ = io.Copy(conn, conn)
+		}()
+	}
+}
+
+// service is a spec of one that is reachable on a leased port.
+func service(t *testing.T) sandbox.Spec {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := listener.Addr().(*net.TCPAddr).AddrPort().Port()
+	listener.Close()
+	return sandbox.Spec{
+		Driver: process.Name, Image: self, Command: []string{serviceFlag, strconv.Itoa(int(port))},
+		Ports:       []sandbox.Port{{Name: "app", GuestPort: port}},
+		AutoForward: sandbox.AutoForward{Mode: sandbox.AutoForwardOff},
+	}
+}
+
+// greeted connects to an endpoint and returns the connection with what the
+// service said.
+func greeted(t *testing.T, address string) (net.Conn, string) {
+	t.Helper()
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	line, err := bufio.NewReader(conn).ReadString('\n')
+	if err != nil {
+		t.Fatalf("%s says %q, %v", address, line, err)
+	}
+	return conn, strings.TrimSpace(line)
+}
+
+func TestConnectionWakesASandbox(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	spec := service(t)
+	s, err := h.m.Create(t.Context(), CreateRequest{Name: "web", Spec: spec})
+	if err != nil || len(s.Endpoints) != 1 || s.Endpoints[0].Name != "app" || s.Generation != 0 {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	address := s.Endpoints[0].Address.String()
+	first, said := greeted(t, address)
+	if s := h.get("web"); s.Phase != PhaseReady || s.Generation != 1 {
+		t.Errorf("woken: %s, generation %d", s.Phase, s.Generation)
+	}
+	if _, err := h.m.Stop(t.Context(), "web", time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := first.Read(make([]byte, 1)); err == nil {
+		t.Errorf("a connection to a past life reads %d bytes", n)
+	}
+	if _, again := greeted(t, address); again == said {
+		t.Errorf("the same process answers after a stop: %q", again)
+	}
+	// The port stays the sandbox's across a restart of the agent.
+	h.restart()
+	if s := h.get("web"); len(s.Endpoints) != 1 || s.Endpoints[0].Address.String() != address || s.Generation != 2 {
+		t.Errorf("after a restart: %+v", s.Endpoints)
+	}
+	greeted(t, address)
+}
+
+func TestOpenConnectionIsActivity(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, func(c *Config) { c.IdleScan = 50 * time.Millisecond })
+	spec := service(t)
+	spec.Idle.Timeout = time.Second
+	s := h.create("web", spec)
+	conn, _ := greeted(t, s.Endpoints[0].Address.String())
+	deadline := time.Now().Add(2500 * time.Millisecond)
+	for time.Now().Before(deadline) {
+		if _, err := conn.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Read(make([]byte, 1)); err != nil {
+			t.Fatalf("cut off while in use: %v; it is %s", err, h.get("web").Phase)
+		}
+	}
+	conn.Close()
+	h.await("web", "stopped for idleness", func(s *Sandbox) bool { return s.Phase == PhaseStopped && s.Reason == "IDLE" })
+}
+
+func TestVisitIsActivity(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, func(c *Config) { c.IdleScan = 20 * time.Millisecond })
+	spec := process.Spec("sleep")
+	spec.Idle.Timeout = time.Second
+	h.create("web", spec)
+	visit, err := h.m.Visit(t.Context(), "web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	exec, err := visit.Guest.Exec(t.Context(), guest.Command{Args: []string{"sleep", "1.5"}, NoInput: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		out, err := exec.Receive()
+		if err != nil {
+			t.Fatalf("%v; it is %s", err, h.get("web").Phase)
+		}
+		if out.Exit != nil {
+			break
+		}
+	}
+	exec.Close()
+	visit.Leave()
+	h.await("web", "stopped for idleness", func(s *Sandbox) bool { return s.Phase == PhaseStopped && s.Reason == "IDLE" })
+	if _, err := h.m.Visit(t.Context(), "web"); !errors.Is(err, sandbox.ErrState) {
+		t.Errorf("visit of a stopped sandbox: %v", err)
+	}
+}
+
+func TestPortsAddedAndRemoved(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	spec := service(t)
+	port := spec.Ports[0]
+	spec.Ports = nil
+	h.create("web", spec)
+	added, err := h.m.AddPort(t.Context(), "web", port)
+	if err != nil || added.Problem != "" {
+		t.Fatalf("%+v, %v", added, err)
+	}
+	address := added.Endpoint.Address.String()
+	greeted(t, address)
+	if again, err := h.m.AddPort(t.Context(), "web", port); err != nil || again.Endpoint != added.Endpoint {
+		t.Errorf("added again: %+v, %v", again, err)
+	}
+	if s := h.get("web"); len(s.Endpoints) != 1 || len(s.Spec.Ports) != 1 {
+		t.Errorf("shown: %+v, spec %+v", s.Endpoints, s.Spec.Ports)
+	}
+	// A record written before the agent died is enough.
+	h.restart()
+	conn, _ := greeted(t, address)
+	if err := h.m.RemovePort(t.Context(), "web", port.GuestPort, false, false); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := conn.Read(make([]byte, 1)); err == nil {
+		t.Errorf("an open connection reads %d bytes after its forward was removed", n)
+	}
+	if conn, err := net.Dial("tcp", address); err == nil {
+		conn.Close()
+		t.Error("something listens after the forward was removed")
+	}
+	if err := h.m.RemovePort(t.Context(), "web", port.GuestPort, false, false); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("removed again: %v", err)
+	}
+	if s := h.get("web"); len(s.Endpoints) != 0 || len(s.Spec.Ports) != 0 {
+		t.Errorf("still shown: %+v", s)
+	}
+	bad := port
+	bad.GuestPort = 0
+	var wrong *sandbox.FieldError
+	if _, err := h.m.AddPort(t.Context(), "web", bad); !errors.As(err, &wrong) || wrong.Field != "port.guest_port" {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestRestartFromOutsideIsABootOfItsOwn(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.create("web", service(t))
+	ref := h.m.ref("web")
+	if err := errors.Join(h.driver().Stop(t.Context(), ref, 0), h.driver().Start(t.Context(), ref)); err != nil {
+		t.Fatal(err)
+	}
+	s := h.await("web", "ready anew", func(s *Sandbox) bool {
+		return s.Phase == PhaseReady && s.Generation > 1 || s.Phase == PhaseFailed
+	})
+	if s.Phase != PhaseReady {
+		t.Skipf("the stop was seen before the start: %s", s.Phase)
+	}
+	greeted(t, s.Endpoints[0].Address.String())
+}
+
+// resolver reads env files anywhere.
+func resolver(t *testing.T) func(*Config) {
+	t.Helper()
+	r, err := secrets.New(secrets.Config{Forbidden: secrets.DefaultForbidden()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(c *Config) { c.Secrets = r }
+}
+
+func envFile(t *testing.T, content string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "env")
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestSecretsAreDeliveredAndRotated(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, resolver(t))
+	file := envFile(t, "SECRET=canary-one\n")
+	spec := service(t)
+	spec.Secrets = []sandbox.SecretRef{
+		{Name: "SECRET", Source: "env-file:" + file},
+		{Name: "ABSENT", Source: "env-file:" + file, Optional: true},
+	}
+	spec.Rotation = sandbox.RotationPolicy{Action: sandbox.RotationSignal, Signal: "HUP"}
+	s := h.create("web", spec)
+	address := s.Endpoints[0].Address.String()
+	if _, said := greeted(t, address); !strings.HasSuffix(said, " canary-one") {
+		t.Errorf("the workload has %q", said)
+	}
+	listed, err := h.m.Secrets(t.Context(), "web")
+	if err != nil || len(listed) != 2 || listed[0].Version == "" || listed[1].Missing == "" {
+		t.Errorf("%+v, %v", listed, err)
+	}
+	push := func(force bool) Delivery {
+		t.Helper()
+		all, err := h.m.PushSecrets(t.Context(), "", Selector{}, force)
+		if err != nil || len(all) != 1 || all[0].Err != nil {
+			t.Fatalf("%+v, %v", all, err)
+		}
+		return all[0]
+	}
+	if d := push(false); len(d.Changed) > 0 || d.Action != "" {
+		t.Errorf("nothing changed: %+v", d)
+	}
+	if err := os.WriteFile(file, []byte("SECRET=canary-two\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if d := push(false); !slices.Equal(d.Changed, []string{"SECRET"}) || d.Action != sandbox.RotationSignal {
+		t.Errorf("one changed: %+v", d)
+	}
+	h.awaitOutput("web") // "hup"
+	if now, err := h.m.Secrets(t.Context(), "web"); err != nil || now[0].Version == listed[0].Version {
+		t.Errorf("version stays %q, %v", now[0].Version, err)
+	}
+	// What is started from now on has the new value.
+	if out := h.output("web", "sh", "-c", "echo $SECRET"); out != "canary-two\n" {
+		t.Errorf("an exec has %q", out)
+	}
+	for _, path := range []string{h.dir, h.root} {
+		if found := grep(t, path, "canary-"); len(found) > 0 {
+			t.Errorf("the secret is on disk: %v", found)
+		}
+	}
+}
+
+// output runs a command inside and returns what it prints.
+func (h *host) output(name string, command ...string) string {
+	h.t.Helper()
+	visit, err := h.m.Visit(h.t.Context(), name)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer visit.Leave()
+	exec, err := visit.Guest.Exec(h.t.Context(), guest.Command{Args: command, NoInput: true})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer exec.Close()
+	var text strings.Builder
+	for {
+		out, err := exec.Receive()
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		text.Write(out.Data)
+		if out.Exit != nil {
+			return text.String()
+		}
+	}
+}
+
+// grep returns the files below a folder that have a text in them.
+func grep(t *testing.T, dir, text string) (found []string) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return nil //nolint:nilerr // It has gone since.
+		}
+		data, err := os.ReadFile(path)
+		if err == nil && strings.Contains(string(data), text) {
+			found = append(found, path)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+func TestRotationRestarts(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, resolver(t))
+	file := envFile(t, "SECRET=one\n")
+	spec := service(t)
+	spec.Secrets = []sandbox.SecretRef{{Name: "SECRET", Source: "env-file:" + file}}
+	spec.Rotation.Action = sandbox.RotationRestart
+	s := h.create("web", spec)
+	if err := os.WriteFile(file, []byte("SECRET=two\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	all, err := h.m.PushSecrets(t.Context(), "web", Selector{}, false)
+	if err != nil || len(all) != 1 || all[0].Err != nil || all[0].Action != sandbox.RotationRestart {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	if now := h.get("web"); now.Generation != s.Generation+1 || now.Phase != PhaseReady {
+		t.Errorf("%s, generation %d", now.Phase, now.Generation)
+	}
+	if _, said := greeted(t, s.Endpoints[0].Address.String()); !strings.HasSuffix(said, " two") {
+		t.Errorf("the workload has %q", said)
+	}
+}
+
+func TestInlineSecretsLiveInMemoryAlone(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, resolver(t))
+	spec := service(t)
+	spec.Secrets = []sandbox.SecretRef{{Name: "SECRET", Source: "inline:key"}}
+	create := CreateRequest{Name: "web", Spec: spec, Start: true}
+	var wrong *sandbox.FieldError
+	create.SecretValues = map[string][]byte{"other": []byte("x")}
+	if _, err := h.m.Create(t.Context(), create); !errors.As(err, &wrong) || wrong.Field != "secret_values[other]" {
+		t.Errorf("a value that nothing asks for: %v", err)
+	}
+	create.SecretValues = map[string][]byte{"key": []byte("canary-inline")}
+	s, err := h.m.Create(t.Context(), create)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, said := greeted(t, s.Endpoints[0].Address.String()); !strings.HasSuffix(said, " canary-inline") {
+		t.Errorf("the workload has %q", said)
+	}
+	if found := grep(t, h.dir, "canary-inline"); len(found) > 0 {
+		t.Errorf("the secret is on disk: %v", found)
+	}
+	// The agent forgets it with its memory, and says so before it stops what runs.
+	h.restart()
+	if _, err := h.m.Stop(t.Context(), "web", 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.m.Start(t.Context(), "web"); !errors.Is(err, sandbox.ErrNotFound) || !strings.Contains(err.Error(), "inline") {
+		t.Errorf("started without its secret: %v", err)
+	}
+	if s := h.get("web"); s.Phase != PhaseStopped {
+		t.Errorf("it is %s: %s", s.Phase, s.Message)
+	}
+	if d, err := h.m.SetSecrets(t.Context(), "web", map[string][]byte{"key": []byte("again")}); err != nil || d != nil {
+		t.Errorf("set while stopped: %+v, %v", d, err)
+	}
+	if _, err := h.m.Start(t.Context(), "web"); err != nil {
+		t.Errorf("started with its secret: %v", err)
+	}
+	if d, err := h.m.SetSecrets(t.Context(), "web", map[string][]byte{"key": []byte("third")}); err != nil || d == nil || d.Err != nil || len(d.Changed) != 1 {
+		t.Errorf("set while it runs: %+v, %v", d, err)
+	}
+}
+
+func TestKeylessSandboxIsRefusedKeys(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, resolver(t))
+	spec := process.Spec("sleep")
+	spec.Keyless = true
+	spec.Env = map[string]string{"ANTHROPIC_API_KEY": "x"}
+	if _, err := h.m.Create(t.Context(), CreateRequest{Name: "web", Spec: spec}); !errors.Is(err, sandbox.ErrDenied) && !errors.Is(err, sandbox.ErrInvalid) {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestUsageIsOfWhatRuns(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.create("a", process.Spec("sleep"))
+	enough := errors.New("enough")
+	rounds := 0
+	err := h.m.WatchUsage(t.Context(), "", Selector{}, 100*time.Millisecond, false, func(all []Usage) error {
+		rounds++
+		switch {
+		case rounds == 1:
+			if len(all) != 1 || all[0].Name != "a" || all[0].Sample.GetProcesses() == 0 || all[0].Sample.GetMemoryBytes() == 0 {
+				t.Errorf("%+v", all)
+			}
+			h.create("b", process.Spec("sleep"))
+		case len(all) == 2:
+			return enough
+		case rounds > 100:
+			return errors.New("the second never appeared")
+		}
+		return nil
+	})
+	if !errors.Is(err, enough) {
+		t.Error(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := h.m.WatchUsage(ctx, "", Selector{}, time.Second, false, func([]Usage) error { return nil }); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
+
+func TestLeaseIsRecordedBeforeItIsBound(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	spec := service(t)
+	port := spec.Ports[0]
+	spec.Ports = nil
+	h.create("web", spec)
+	recorded := false
+	h.m.cfg.OnStep = func(step string) {
+		if step == "port:intent" {
+			recorded = len(h.m.forward.Leases("web")) == 1 && h.m.forward.Leases("web")[0].State == "reserved"
+		}
+	}
+	if _, err := h.m.AddPort(t.Context(), "web", port); err != nil || !recorded {
+		t.Errorf("%v; at the intent it was reserved and not bound: %v", err, recorded)
+	}
+	records, err := h.store.Load()
+	if err != nil || len(records) != 1 || !slices.ContainsFunc(records[0].Leases, func(l store.Lease) bool { return l.GuestPort == port.GuestPort }) {
+		t.Errorf("%+v, %v", records, err)
+	}
+}
+
+func TestDetectedPortsAreOfferedOrForwarded(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	spec := service(t)
+	port := spec.Ports[0].GuestPort
+	spec.Ports, spec.AutoForward = nil, sandbox.AutoForward{}
+	h.create("offers", spec)
+	h.await("offers", "has the port offered", func(s *Sandbox) bool {
+		return slices.ContainsFunc(s.Detected, func(d Detected) bool { return d.Port == port && d.Refusal == "" || d.Port == port && port >= 32768 })
+	})
+	if s := h.get("offers"); len(s.Endpoints) != 0 {
+		t.Errorf("forwarded: %+v", s.Endpoints)
+	}
+	spec = service(t)
+	port = spec.Ports[0].GuestPort
+	spec.Ports = nil
+	spec.AutoForward = sandbox.AutoForward{Mode: sandbox.AutoForwardForward}
+	h.create("forwards", spec)
+	s := h.await("forwards", "has the port forwarded", func(s *Sandbox) bool {
+		return slices.ContainsFunc(s.Endpoints, func(p Endpoint) bool { return p.GuestPort == port && p.Auto })
+	})
+	i := slices.IndexFunc(s.Endpoints, func(p Endpoint) bool { return p.GuestPort == port })
+	greeted(t, s.Endpoints[i].Address.String())
+	if len(s.Endpoints) > forward.MaxAuto {
+		t.Errorf("%d ports are forwarded", len(s.Endpoints))
+	}
+	spec = service(t)
+	port = spec.Ports[0].GuestPort
+	spec.Ports = nil
+	spec.AutoForward = sandbox.AutoForward{Mode: sandbox.AutoForwardForward, Deny: []uint16{port}}
+	h.create("denied", spec)
+	h.await("denied", "has the port refused", func(s *Sandbox) bool {
+		return slices.ContainsFunc(s.Detected, func(d Detected) bool { return d.Port == port && d.Refusal != "" })
+	})
+}
