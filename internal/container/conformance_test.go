@@ -22,7 +22,6 @@ func TestConformance(t *testing.T) {
 				Spec: func(_ *testing.T, w drivertest.Workload) sandbox.Spec {
 					return sandbox.Spec{Driver: "podman", Image: img, Command: w.Args, Mounts: w.Mounts, Env: w.Env}
 				},
-				Program:  []string{"/workload"},
 				GuestDir: guestTarget,
 				Root:     "/tmp",
 				Kill:     drivertest.VerbProcess(owner),

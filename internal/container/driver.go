@@ -8,6 +8,11 @@
 // alone. What belongs to the sandbox on the host lies in Ref.Dir: guest, the
 // folder of the guest channel's sockets, and hosts, its /etc/hosts.
 //
+// The first process of every container is guestd, from a folder of the host
+// that is mounted read-only; what the spec or the image name as their command
+// is for it to start. On guestd's own port Dial takes nobody for it but the
+// container's first process.
+//
 // What it refuses to do:
 //
 //   - Run anything as root: a Podman that is not rootless is unavailable.
@@ -54,8 +59,12 @@ const (
 	labelSandbox = "choiros.agent.sandbox"
 )
 
-// guestTarget is where a sandbox finds the folder of its guest channel.
-const guestTarget = "/run/choiros"
+// Where a sandbox finds what the driver puts into it.
+const (
+	guestTarget   = "/run/choiros" // the folder of its guest channel
+	guestdTarget  = "/run/guestd"  // the folder with guestd
+	secretsTarget = "/run/secrets" // a tmpfs for those secrets that are files
+)
 
 // Config is what a Driver is made of.
 type Config struct {
@@ -67,10 +76,15 @@ type Config struct {
 	// Owner tells this agent's sandboxes from those of others on the same
 	// Podman: eight lower-case hexadecimal digits.
 	Owner string
+	// GuestdDir is the absolute path of a folder of the host, open to
+	// everybody, that holds the static program guestd and is mounted in every
+	// sandbox. Replacing the file by a rename gives each container the new one
+	// at its next start.
+	GuestdDir string
 }
 
-// Driver is a sandbox.Driver. It is also a Validator, LogSource, Prober,
-// Resizer and ImageStore. The zero Driver is of no use: see New.
+// Driver is a sandbox.Driver. It is also a Validator, LogSource, Resizer and
+// ImageStore. The zero Driver is of no use: see New.
 type Driver struct {
 	cfg      Config
 	uid      int                        // this user's
@@ -142,7 +156,6 @@ var (
 	_ sandbox.Driver     = (*Driver)(nil)
 	_ sandbox.Validator  = (*Driver)(nil)
 	_ sandbox.LogSource  = (*Driver)(nil)
-	_ sandbox.Prober     = (*Driver)(nil)
 	_ sandbox.Resizer    = (*Driver)(nil)
 	_ sandbox.ImageStore = (*Driver)(nil)
 )

@@ -52,7 +52,7 @@ func newFake(t *testing.T, version string, handle func(w http.ResponseWriter, r 
 	f.server.Listener = listener
 	f.server.Start()
 	t.Cleanup(f.server.Close)
-	d, err := New(Config{Socket: f.socket, Owner: newOwner()})
+	d, err := New(Config{Socket: f.socket, Owner: newOwner(), GuestdDir: fakeGuestd(t)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -235,6 +235,8 @@ func TestResolveMountsNamesTheField(t *testing.T) {
 		"over /run":           {mounts{data(good, "/run")}, "spec.mounts[0].target"},
 		"over hosts":          {mounts{data(good, "/etc/hosts")}, "spec.mounts[0].target"},
 		"in the guest's":      {mounts{data(good, "/run/choiros/x")}, "spec.mounts[0].target"},
+		"over guestd":         {mounts{data(good, "/run/guestd")}, "spec.mounts[0].target"},
+		"in the secrets'":     {mounts{data(good, "/run/secrets/x")}, "spec.mounts[0].target"},
 		"nested in read-only": {mounts{workspace(good, "/w"), data(good, "/w/new")}, "spec.mounts[1].target"},
 	} {
 		if os.Getuid() == 0 && name == "not writable" {

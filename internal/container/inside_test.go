@@ -1,103 +1,19 @@
 package container
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 
+	"github.com/choiros/agent/internal/guest"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/test/image"
 )
-
-// box is a sandbox of a test's.
-type box struct {
-	t   *testing.T
-	d   *Driver
-	ref sandbox.Ref
-}
-
-var boxes atomic.Int64
-
-// newBox returns a sandbox that does not exist yet, and is deleted at the end.
-func newBox(t *testing.T, d *Driver) *box {
-	t.Helper()
-	dir, err := os.MkdirTemp("/tmp", "ctr")
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := &box{t, d, sandbox.Ref{ID: fmt.Sprintf("b%d", boxes.Add(1)), Dir: dir}}
-	t.Cleanup(func() {
-		if err := d.Delete(context.Background(), b.ref); err != nil {
-			t.Errorf("Delete: %v", err)
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			t.Errorf("what the sandbox wrote cannot be removed: %v", err)
-		}
-		checkLeaks(t, d.cfg.Owner, b.ref)
-	})
-	return b
-}
-
-func (b *box) must(what string, err error) {
-	b.t.Helper()
-	if err != nil {
-		b.t.Fatalf("%s: %v", what, err)
-	}
-}
-
-// start creates and starts a sandbox.
-func (b *box) start(spec sandbox.Spec) {
-	b.t.Helper()
-	b.must("Create", b.d.Create(b.t.Context(), b.ref, spec))
-	b.must("Start", b.d.Start(b.t.Context(), b.ref))
-}
-
-// run runs a sandbox to its end and returns what it printed and its status.
-func (b *box) run(spec sandbox.Spec) (output string, code int) {
-	b.t.Helper()
-	b.start(spec)
-	o, err := b.d.Wait(b.t.Context(), b.ref)
-	b.must("Wait", err)
-	return b.output(), o.ExitCode
-}
-
-func (b *box) output() string {
-	b.t.Helper()
-	var text strings.Builder
-	b.must("Logs", b.d.Logs(b.t.Context(), b.ref, sandbox.LogOptions{Tail: -1, Stdout: true, Stderr: true, Follow: true},
-		func(e sandbox.LogEntry) error {
-			text.Write(e.Data)
-			return nil
-		}))
-	return text.String()
-}
-
-// program is a spec that runs the test workload.
-func program(img string, args ...string) sandbox.Spec {
-	return sandbox.Spec{Driver: "podman", Image: img, Command: args}
-}
-
-// values reads KEY=VALUE lines.
-func values(text string) map[string]string {
-	found := map[string]string{}
-	for line := range strings.Lines(text) {
-		if key, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok {
-			found[key] = value
-		}
-	}
-	return found
-}
 
 func TestWorkloadIsConfined(t *testing.T) {
 	t.Parallel()
@@ -169,6 +85,8 @@ func TestMountsInside(t *testing.T) {
 		"/open":        {"rw", "nosuid", "nodev"},
 		"/data":        {"rw", "nosuid", "nodev"},
 		"/run/choiros": {"rw", "nosuid", "nodev", "noexec"},
+		"/run/guestd":  {"ro", "nosuid", "nodev"},
+		"/run/secrets": {"rw", "nosuid", "nodev", "noexec", "tmpfs"},
 		"/etc/hosts":   {"ro"},
 		"/proc/sys":    {"ro"}, // and the like: what Podman protects
 		"/sys":         {"ro"},
@@ -240,8 +158,8 @@ func TestOwnership(t *testing.T) {
 			if stat := info.Sys().(*syscall.Stat_t); int(stat.Uid) != os.Getuid() || int(stat.Gid) != os.Getgid() {
 				t.Errorf("it belongs to %d:%d, want %d:%d", stat.Uid, stat.Gid, os.Getuid(), os.Getgid())
 			}
-			if code, err := d.ProbeExec(t.Context(), b.ref, []string{"/workload", "touch", "/data/old"}); err != nil || code != 0 {
-				t.Errorf("writing an older file: %d, %v", code, err)
+			if code, output, err := b.exec("/workload", "touch", "/data/old"); err != nil || code != 0 {
+				t.Errorf("writing an older file: %d, %v, %s", code, err, output)
 			}
 		})
 	}
@@ -319,164 +237,28 @@ func TestStartRefusesSourcesThatHaveMoved(t *testing.T) {
 	}
 }
 
-func TestStartNamesTheCommandThatIsNotThere(t *testing.T) {
+func TestConfigureNamesTheCommandThatIsNotThere(t *testing.T) {
 	t.Parallel()
 	d := backend(t)
-	b := newBox(t, d)
-	spec := program(image.RootName)
-	spec.Entrypoint = []string{"/no/such/program"}
-	b.must("Create", d.Create(t.Context(), b.ref, spec))
-	err := d.Start(t.Context(), b.ref)
-	var wrong *sandbox.FieldError
-	if !errors.As(err, &wrong) || wrong.Field != "spec.command" {
-		t.Errorf("Start: %v, want an error about spec.command", err)
-	}
-	if code, err := d.ProbeExec(t.Context(), b.ref, []string{"/no"}); !errors.Is(err, sandbox.ErrState) {
-		t.Errorf("ProbeExec of what does not run: %d, %v", code, err)
+	for command, want := range map[string]int{"/no/such/program": 127, "/etc/passwd": 126} {
+		b := newBox(t, d)
+		spec := program(image.RootName)
+		spec.Entrypoint = []string{command}
+		b.must("Create", d.Create(t.Context(), b.ref, spec))
+		b.must("Start", d.Start(t.Context(), b.ref))
+		if err := b.configure(guest.Configuration{}); err == nil || !strings.Contains(err.Error(), command) {
+			t.Errorf("Configure: %v, want an error that names %s", err, command)
+		}
+		if o, err := d.Wait(t.Context(), b.ref); err != nil || o.ExitCode != want {
+			t.Errorf("it is %+v, %v; want exit code %d", o, err, want)
+		}
 	}
 	running := newBox(t, d)
 	running.start(program(image.RootName, "sleep"))
-	for command, want := range map[string]int{"/no/such/program": 127, "/etc/passwd": 126} {
-		if code, err := d.ProbeExec(t.Context(), running.ref, []string{command}); err != nil || code != want {
-			t.Errorf("ProbeExec of %s: %d, %v; want %d", command, code, err, want)
+	for command, sentinel := range map[string]error{"/no/such/program": sandbox.ErrNotFound, "/etc/passwd": sandbox.ErrDenied} {
+		if code, _, err := running.exec(command); !errors.Is(err, sentinel) {
+			t.Errorf("Exec of %s: %d, %v; want %v", command, code, err, sentinel)
 		}
-	}
-}
-
-// eventually waits for a condition.
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !condition(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain until %s", what)
-		}
-	}
-}
-
-// countingListener counts the connections that are made to it.
-func countingListener(t *testing.T, address string) (port int, count *atomic.Int64) {
-	t.Helper()
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
-	count = new(atomic.Int64)
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			count.Add(1)
-			_, _ = io.WriteString(conn, "the host's secret")
-			conn.Close()
-		}
-	}()
-	return listener.Addr().(*net.TCPAddr).Port, count
-}
-
-func TestNetworkReachesNothingOfTheHosts(t *testing.T) {
-	t.Parallel()
-	d := backend(t)
-	loopback, loopbackCount := countingListener(t, "127.0.0.1:0")
-	anywhere, anywhereCount := countingListener(t, "[::]:0")
-	targets := []string{"127.0.0.1", "[::1]", "0.0.0.0", "169.254.1.1", "169.254.1.2", "host.containers.internal", "10.0.2.2", gateway()}
-	addresses, err := net.InterfaceAddrs()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, address := range addresses {
-		network, ok := address.(*net.IPNet)
-		if !ok {
-			continue
-		}
-		switch ip := network.IP; {
-		case ip.IsLinkLocalUnicast() && ip.To4() == nil:
-			targets = append(targets, fmt.Sprintf("[%s%%eth0]", ip))
-		case ip.Equal(outward()) || ip.To4() == nil:
-			// IPv4 addresses besides the main one are open, see the package's
-			// comment.
-			targets = append(targets, net.JoinHostPort(ip.String(), "")[:len(net.JoinHostPort(ip.String(), ""))-1])
-		}
-	}
-	b := newBox(t, d)
-	b.start(program(image.RootName, "sleep"))
-	for _, target := range targets {
-		if target == "" {
-			continue
-		}
-		for _, port := range []int{loopback, anywhere} {
-			// The status does not tell: some networks answer for everybody.
-			if _, err := d.ProbeExec(t.Context(), b.ref, []string{"/workload", "connect", fmt.Sprintf("%s:%d", target, port)}); err != nil {
-				t.Fatal(err)
-			}
-			if loopbackCount.Load()+anywhereCount.Load() > 0 {
-				t.Fatalf("the host was reached as %s", target)
-			}
-		}
-	}
-	// The test can fail: whoever is on the host does get through.
-	conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", loopback))
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn.Close()
-	eventually(t, "the listener counts", func() bool { return loopbackCount.Load() == 1 })
-}
-
-// gateway is the first address of the main network, which often is the router.
-func gateway() string {
-	ip := outward().To4()
-	if ip == nil {
-		return ""
-	}
-	return net.IPv4(ip[0], ip[1], ip[2], 1).String()
-}
-
-// outward is the host's main address. Nothing is sent.
-func outward() net.IP {
-	conn, err := net.Dial("udp4", "192.0.2.254:9")
-	if err != nil {
-		return nil
-	}
-	defer conn.Close()
-	return conn.LocalAddr().(*net.UDPAddr).IP
-}
-
-func TestNetworkReachesNoOtherSandbox(t *testing.T) {
-	t.Parallel()
-	d := backend(t)
-	server := newBox(t, d)
-	server.start(program(image.RootName, "listen", "0.0.0.0:8765"))
-	client := newBox(t, d)
-	client.start(program(image.RootName, "sleep"))
-	connect := func(b *box, host string) int {
-		t.Helper()
-		code, err := d.ProbeExec(t.Context(), b.ref, []string{"/workload", "connect", host + ":8765"})
-		b.must("ProbeExec", err)
-		return code
-	}
-	eventually(t, "the server listens", func() bool { return connect(server, "127.0.0.1") == 0 })
-	hosts := []string{"127.0.0.1"}
-	if ip := outward(); ip != nil {
-		hosts = append(hosts, ip.String())
-	}
-	for _, host := range hosts {
-		if connect(client, host) == 0 {
-			t.Errorf("another sandbox is reached at %s", host)
-		}
-	}
-}
-
-func TestNetworkNone(t *testing.T) {
-	t.Parallel()
-	d := backend(t)
-	spec := program(image.RootName, "cat", "/proc/net/dev")
-	spec.DriverOptions = json.RawMessage(`{"network":"none"}`)
-	output, _ := newBox(t, d).run(spec)
-	if lines := strings.Split(strings.TrimSpace(output), "\n"); len(lines) != 3 || !strings.Contains(lines[2], "lo:") {
-		t.Errorf("its interfaces are\n%s", output)
 	}
 }
 

@@ -133,6 +133,9 @@ func (d *Driver) start(ctx context.Context, ref sandbox.Ref) error {
 			return err
 		}
 	}
+	if err := checkGuestd(d.cfg.GuestdDir); err != nil {
+		return err
+	}
 	if err := makeDir(ref); err != nil {
 		return err
 	}
@@ -156,7 +159,7 @@ func (d *Driver) start(ctx context.Context, ref sandbox.Ref) error {
 	case o.State == sandbox.StateExited && o.StartedAt.After(data.State.StartedAt):
 		return nil // it ran, and ended at once
 	}
-	return startError(err)
+	return err
 }
 
 // whyAbsent is the error for a sandbox that has no container.
@@ -169,20 +172,6 @@ func (d *Driver) whyAbsent(ctx context.Context, id string) error {
 		return fmt.Errorf("%w: %s; delete it", sandbox.ErrState, o.Detail)
 	}
 	return sandbox.ErrNotFound
-}
-
-// startError says which field of the spec it was that the runtime could not
-// make sense of, if it was one.
-func startError(err error) error {
-	for cause, problem := range map[error]string{
-		define.ErrOCIRuntimeNotFound:         "is not in the image",
-		define.ErrOCIRuntimePermissionDenied: "cannot be executed",
-	} {
-		if caused(err, cause) {
-			return sandbox.Invalidf("spec.command", "%s: %v", problem, err)
-		}
-	}
-	return err
 }
 
 // Stop implements sandbox.Driver. Podman counts grace in seconds: it is rounded

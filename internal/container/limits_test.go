@@ -5,6 +5,7 @@ package container
 import (
 	"testing"
 
+	"github.com/choiros/agent/internal/guest"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/test/image"
 )
@@ -26,7 +27,7 @@ func TestLimitsHold(t *testing.T) {
 	spec.Resources = sandbox.Resources{CPUMillis: 500, MemoryMiB: 64, Pids: 50}
 	want := func(memory, pids, cpu string) {
 		t.Helper()
-		b.must("Start", d.Start(t.Context(), b.ref))
+		b.startAgain(guest.Configuration{})
 		if o, err := d.Wait(t.Context(), b.ref); err != nil || o.ExitCode != 0 {
 			t.Fatalf("%+v, %v", o, err)
 		}

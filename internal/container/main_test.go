@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 
 // testConfig is how the tests reach the user's Podman.
 func testConfig(owner string) Config {
-	return Config{RuntimeDir: os.Getenv("XDG_RUNTIME_DIR"), Owner: owner}
+	return Config{RuntimeDir: os.Getenv("XDG_RUNTIME_DIR"), Owner: owner, GuestdDir: image.GuestdDir()}
 }
 
 // newOwner returns an owner whom nobody else is.
@@ -109,6 +109,7 @@ func prepared(t testing.TB, d *Driver) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
+	image.Guestd(t)
 	if _, err := d.Probe(ctx); err != nil {
 		preparation.done, preparation.err = true, err
 		return err

@@ -56,7 +56,10 @@ func resolveMounts(mounts []sandbox.Mount, socket string) ([]bind, error) {
 // checkTarget refuses what would hide the files that Podman and this driver
 // put into every container, or be filled with them.
 func checkTarget(field, target string) error {
-	for _, own := range []string{guestTarget, "/run/.containerenv", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/passwd", "/etc/group"} {
+	for _, own := range []string{
+		guestTarget, guestdTarget, secretsTarget, "/run/.containerenv",
+		"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/passwd", "/etc/group",
+	} {
 		if target == own || strings.HasPrefix(own, target+"/") || strings.HasPrefix(target, own+"/") {
 			return sandbox.Invalidf(field, "%s would hide %s, which every sandbox has; choose another place", target, own)
 		}

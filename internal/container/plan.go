@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -33,6 +34,7 @@ type plan struct {
 	opts        options
 	binds       []bind
 	image       imageFacts
+	guestdDir   string
 	account     account
 	pasta       []string
 	limits      sandbox.Limits
@@ -41,9 +43,10 @@ type plan struct {
 
 // imageFacts is what is needed to know of an image.
 type imageFacts struct {
-	id   string
-	user string
-	cmd  []string
+	id         string
+	user       string
+	entrypoint []string
+	cmd        []string
 }
 
 // Validate implements sandbox.Validator.
@@ -79,9 +82,15 @@ func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (options, []bind,
 	if err := checkLimits(spec.Resources, facts); err != nil {
 		return fail(err)
 	}
+	if err := checkGuestd(d.cfg.GuestdDir); err != nil {
+		return fail(err)
+	}
 	image, err := d.image(ctx, spec.Image)
 	if err != nil {
 		return fail(err)
+	}
+	if len(argv(spec, image.Config.Entrypoint, image.Config.Cmd)) == 0 {
+		return fail(sandbox.Invalidf("spec.command", "the image names no command, so the spec has to"))
 	}
 	if a, ok := accountOf(userOf(spec, image)); ok && opts.Userns == usernsAuto {
 		if err := checkAccount(a, userOf(spec, image), facts); err != nil {
@@ -160,8 +169,11 @@ func (d *Driver) plan(ctx context.Context, ref sandbox.Ref, spec sandbox.Spec) (
 	}
 	p := plan{
 		name: d.name(ref.ID), owner: d.cfg.Owner, ref: ref, spec: spec, opts: opts, binds: binds,
-		image:  imageFacts{id: image.ID, user: image.Config.User, cmd: image.Config.Cmd},
-		limits: facts.limits, uids: facts.uids, gids: facts.gids,
+		image: imageFacts{
+			id: image.ID, user: image.Config.User, entrypoint: image.Config.Entrypoint, cmd: image.Config.Cmd,
+		},
+		guestdDir: d.cfg.GuestdDir,
+		limits:    facts.limits, uids: facts.uids, gids: facts.gids,
 	}
 	if opts.Network == networkInternet {
 		p.pasta = pastaOptions(facts.pastaDate, hasIPv4Route())
@@ -188,11 +200,8 @@ func (p plan) container() *specgen.SpecGenerator {
 	s.Hostname = p.ref.ID
 	s.RawImageName = p.spec.Image
 	s.Labels = map[string]string{labelOwner: p.owner, labelSandbox: p.ref.ID}
-	s.Entrypoint, s.Command = p.spec.Entrypoint, p.spec.Command
-	if len(s.Entrypoint) > 0 && len(s.Command) == 0 {
-		// Podman would drop the image's command along with its entrypoint.
-		s.Command = p.image.cmd
-	}
+	s.Entrypoint = []string{path.Join(guestdTarget, guestdName)}
+	s.Command = append([]string{"--"}, argv(p.spec, p.image.entrypoint, p.image.cmd)...)
 	s.Env = p.spec.Env
 	s.EnvHost, s.HTTPProxy = &no, &no
 	s.WorkDir, s.CreateWorkingDir = p.spec.WorkingDir, &yes
@@ -219,6 +228,21 @@ func (p plan) container() *specgen.SpecGenerator {
 	}
 	s.ResourceLimits = resources(p.spec.Resources, p.limits)
 	return s
+}
+
+// argv is the workload's command line: the spec's entrypoint, or else the
+// image's, and the spec's command, or else the image's.
+func argv(spec sandbox.Spec, entrypoint, cmd []string) []string {
+	if len(spec.Entrypoint) > 0 {
+		entrypoint = spec.Entrypoint
+	}
+	if len(spec.Command) > 0 {
+		cmd = spec.Command
+	}
+	if len(entrypoint) == 1 && entrypoint[0] == "" {
+		entrypoint = nil // how a Dockerfile takes its base image's away
+	}
+	return slices.Concat(entrypoint, cmd)
 }
 
 // harden closes what can be closed.
@@ -265,6 +289,12 @@ func swapWithRoot(id uint32, count int64) []idtools.IDMap {
 func (p plan) mounts() []specs.Mount {
 	mounts := []specs.Mount{
 		bindMount(guestDir(p.ref), guestTarget, "rw", "noexec"),
+		bindMount(p.guestdDir, guestdTarget, "ro"),
+		{
+			Type: define.TypeTmpfs, Source: define.TypeTmpfs, Destination: secretsTarget,
+			// Podman would fill it with what the image has in that place.
+			Options: []string{"rw", "mode=1777", "size=8m", "nosuid", "nodev", "noexec", "notmpcopyup"},
+		},
 		bindMount(hostsPath(p.ref), "/etc/hosts", "ro", "noexec"),
 	}
 	for _, b := range p.binds {
@@ -328,8 +358,8 @@ func isNotFound(err error) bool {
 func ownSources(data *define.InspectContainerData) []string {
 	var sources []string
 	for _, m := range data.Mounts {
-		if m.Type == define.TypeBind && m.Destination != guestTarget && m.Destination != "/etc/hosts" &&
-			!strings.HasPrefix(m.Destination, "/run/.") {
+		own := []string{guestTarget, guestdTarget, secretsTarget, "/etc/hosts"}
+		if m.Type == define.TypeBind && !slices.Contains(own, m.Destination) && !strings.HasPrefix(m.Destination, "/run/.") {
 			sources = append(sources, m.Source)
 		}
 	}

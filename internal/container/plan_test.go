@@ -7,6 +7,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -43,9 +44,10 @@ func planOf(spec sandbox.Spec, opts options) plan {
 		name: "choiros-0123abcd-web-1", owner: "0123abcd",
 		ref:  sandbox.Ref{ID: "web-1", Dir: "/var/lib/agent/web-1"},
 		spec: spec, opts: opts,
-		image:  imageFacts{id: strings.Repeat("ab", 32), cmd: []string{"serve"}},
-		limits: sandbox.Limits{CPU: true, Memory: true, Pids: true},
-		uids:   65537, gids: 65537,
+		image:     imageFacts{id: strings.Repeat("ab", 32), entrypoint: []string{"/app"}, cmd: []string{"serve"}},
+		guestdDir: "/usr/libexec/choiros/guest",
+		limits:    sandbox.Limits{CPU: true, Memory: true, Pids: true},
+		uids:      65537, gids: 65537,
 	}
 	if opts.Network == networkInternet {
 		p.pasta = pastaOptions(2025_05_03, true)
@@ -84,13 +86,23 @@ func TestContainerGolden(t *testing.T) {
 
 func TestEntrypointKeepsTheImagesCommand(t *testing.T) {
 	t.Parallel()
-	p := planOf(sandbox.Spec{Entrypoint: []string{"/bin/other"}}, options{})
-	if got := p.container().Command; !cmp.Equal(got, []string{"serve"}) {
-		t.Errorf("command %q, want the image's", got)
-	}
-	p.spec.Command = []string{"own"}
-	if got := p.container().Command; !cmp.Equal(got, []string{"own"}) {
-		t.Errorf("command %q, want the spec's", got)
+	image, cmd := []string{"/app"}, []string{"serve"}
+	for name, test := range map[string]struct {
+		spec            sandbox.Spec
+		entrypoint, cmd []string
+		want            []string
+	}{
+		"the image's":             {sandbox.Spec{}, image, cmd, []string{"/app", "serve"}},
+		"own entrypoint":          {sandbox.Spec{Entrypoint: []string{"/own"}}, image, cmd, []string{"/own", "serve"}},
+		"own command":             {sandbox.Spec{Command: []string{"own"}}, image, cmd, []string{"/app", "own"}},
+		"both":                    {sandbox.Spec{Entrypoint: []string{"/own"}, Command: []string{"x"}}, image, cmd, []string{"/own", "x"}},
+		"entrypoint taken away":   {sandbox.Spec{}, []string{""}, cmd, cmd},
+		"none":                    {sandbox.Spec{}, nil, nil, nil},
+		"command alone is enough": {sandbox.Spec{Command: []string{"own"}}, nil, nil, []string{"own"}},
+	} {
+		if got := argv(test.spec, test.entrypoint, test.cmd); !slices.Equal(got, test.want) {
+			t.Errorf("%s: %q, want %q", name, got, test.want)
+		}
 	}
 }
 

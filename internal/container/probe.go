@@ -46,6 +46,9 @@ func (d *Driver) Probe(ctx context.Context) (sandbox.Report, error) {
 	if err != nil {
 		return sandbox.Report{}, err
 	}
+	if err := checkGuestd(d.cfg.GuestdDir); err != nil {
+		return sandbox.Report{}, err
+	}
 	return sandbox.Report{Version: facts.version, Limits: facts.limits, Warnings: facts.warnings}, nil
 }
 

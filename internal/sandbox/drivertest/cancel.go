@@ -178,6 +178,7 @@ func sameVerbAtOnce(t *testing.T, s *suite) {
 	succeed("Create", func(ctx context.Context, d sandbox.Driver) error { return d.Create(ctx, b.ref, spec) })
 	b.want(sandbox.StateCreated)
 	succeed("Start", func(ctx context.Context, d sandbox.Driver) error { return d.Start(ctx, b.ref) })
+	b.configure()
 	b.wrote("ready")
 	o := b.want(sandbox.StateRunning)
 	succeed("Inspect", func(ctx context.Context, d sandbox.Driver) error {
@@ -213,6 +214,7 @@ func differentSandboxesAtOnce(t *testing.T, s *suite) {
 		for _, call := range []func() error{
 			func() error { return d.Create(ctx, ref, specs[i]) },
 			func() error { return d.Start(ctx, ref) },
+			func() error { return s.configured(ctx, d, ref, 1) },
 			func() error {
 				if o, err := d.Wait(ctx, ref); err != nil || o.ExitCode != i {
 					return fmt.Errorf("waited: %+v, %w", o, err)

@@ -24,7 +24,6 @@
 //			Spec: func(t *testing.T, w drivertest.Workload) sandbox.Spec {
 //				return sandbox.Spec{Driver: "mine", Image: "workload", Command: w.Args, Mounts: w.Mounts, Env: w.Env}
 //			},
-//			Program:  []string{"/workload"},
 //			GuestDir: "/run/guest",
 //			Kill:     drivertest.VerbProcess(owner),
 //		})

@@ -25,10 +25,6 @@ type Harness struct {
 	// Image or Machine, and whatever the workload asks for.
 	Spec func(t *testing.T, w Workload) sandbox.Spec
 
-	// Program is the command that runs test/workload inside, for readiness
-	// commands; its subcommand is appended. Needed if the driver is a Prober.
-	Program []string
-
 	// GuestDir is the folder inside where the sockets of the guest channel are
 	// to be: DIR of the workload guest-echo. Needed but for Without.Dial.
 	GuestDir string
@@ -60,8 +56,11 @@ type Harness struct {
 // Without switches off the tests of what has no equivalent where a driver is
 // reached through something else. For a driver itself it is zero.
 type Without struct {
-	// Dial: the guest channel is not carried.
+	// Dial: the guest channel is not carried. Needs Configure.
 	Dial bool
+	// Configure: Start is over once the workload runs, for what is on the way
+	// has configured guestd.
+	Configure bool
 }
 
 // Workload is what a sandbox of the suite runs: the project's program
@@ -154,6 +153,9 @@ func (s *suite) parallel(t *testing.T) []test {
 	if !s.Without.Dial {
 		tests = append(tests, dialTests()...)
 	}
+	if !s.Without.Configure {
+		tests = append(tests, guestTests()...)
+	}
 	if s.OpenAs != nil {
 		tests = append(tests, test{"OwnersAreApart", ownersAreApart})
 	}
@@ -173,9 +175,6 @@ func (s *suite) optional(t *testing.T) []test {
 	}
 	if _, ok := d.(sandbox.LogSource); ok {
 		tests = append(tests, logTests()...)
-	}
-	if _, ok := d.(sandbox.Prober); ok {
-		tests = append(tests, proberTests()...)
 	}
 	if _, ok := d.(sandbox.Resizer); ok {
 		tests = append(tests, test{"Resize", resize})

@@ -136,6 +136,7 @@ func lifeAcrossProcesses(t *testing.T, s *suite) {
 	}
 	call("create", sandbox.StateCreated)
 	o := call("start", sandbox.StateRunning)
+	b.configure()
 	b.printed("ready")
 	b.undisturbed(o)
 	back := b.waiting()

@@ -4,10 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/choiros/agent/internal/sandbox"
 )
@@ -79,72 +77,6 @@ func createOfInvalid(t *testing.T, s *suite) {
 		b.delete()
 		b.wantGone()
 	}
-}
-
-func proberTests() []test {
-	return []test{
-		{"ProbeExecReturnsTheStatus", probeExecStatus},
-		{"ProbeExecCancelled", probeExecCancelled},
-		{"ProbeExecOfWhatDoesNotRun", probeExecNotRunning},
-	}
-}
-
-func (b *box) probeExec(ctx context.Context, args ...string) answer[int] {
-	b.t.Helper()
-	return step(b.t, b.s, ctx, "ProbeExec", func(ctx context.Context, d sandbox.Driver) (int, error) {
-		return d.(sandbox.Prober).ProbeExec(ctx, b.ref, slices.Concat(b.s.Program, args))
-	})
-}
-
-func probeExecStatus(t *testing.T, s *suite) {
-	b := s.box(t)
-	o := b.sleeper()
-	for _, probe := range []struct {
-		args []string
-		code int
-	}{
-		{[]string{"exit", "0"}, 0},
-		{[]string{"exit", "3", "50ms"}, 3},
-		{[]string{"exit", "255"}, 255},
-		{[]string{"test-file", "/data/ready"}, 0}, // inside, where the workload is
-		{[]string{"test-file", "/data/no-such-file"}, 1},
-	} {
-		if a := b.probeExec(t.Context(), probe.args...); a.err != nil || a.value != probe.code {
-			t.Errorf("ProbeExec of %q: %d, %v; want %d", probe.args, a.value, a.err, probe.code)
-		}
-	}
-	b.undisturbed(o)
-}
-
-func probeExecCancelled(t *testing.T, s *suite) {
-	b := s.box(t)
-	o := b.sleeper()
-	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
-	defer cancel()
-	a := b.probeExec(ctx, "ignore-term")
-	if a.err == nil {
-		t.Errorf("ProbeExec of a command that never ends returned %d", a.value)
-	}
-	if a.took > s.soon {
-		t.Errorf("ProbeExec took %s, though its context ended after 200 ms", a.took)
-	}
-	b.undisturbed(o)
-}
-
-func probeExecNotRunning(t *testing.T, s *suite) {
-	b := s.box(t)
-	wantError := func() {
-		t.Helper()
-		if a := b.probeExec(t.Context(), "exit", "0"); a.err == nil {
-			t.Errorf("ProbeExec succeeded with %d; it is %+v", a.value, b.inspect())
-		}
-	}
-	wantError()
-	b.create("exit", "0")
-	wantError()
-	b.start()
-	b.wait()
-	wantError()
 }
 
 // resize looks only at what the contract says. That limits hold is for each

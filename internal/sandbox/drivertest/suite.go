@@ -169,6 +169,8 @@ type box struct {
 	s    *suite
 	ref  sandbox.Ref
 	data string // a folder that is mounted at /data
+	// generation is that of its present life, or of its last.
+	generation uint64
 }
 
 // box returns a sandbox that does not exist yet, and sees to its end.
@@ -182,8 +184,9 @@ func (s *suite) named(t *testing.T, id string) *box {
 	place := fmt.Sprint(s.count.Add(1)) // one ID may have several owners
 	b := &box{
 		t: t, s: s,
-		ref:  sandbox.Ref{ID: id, Dir: filepath.Join(s.Root, "r"+place, id)},
-		data: filepath.Join(s.Root, "d"+place),
+		ref:        sandbox.Ref{ID: id, Dir: filepath.Join(s.Root, "r"+place, id)},
+		data:       filepath.Join(s.Root, "d"+place),
+		generation: 1,
 	}
 	for _, dir := range []string{b.ref.Dir, b.data} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -263,9 +266,10 @@ func (b *box) create(args ...string) {
 	b.must("Create", b.tryCreate(b.spec(args...)))
 }
 
+// start starts a sandbox and its workload.
 func (b *box) start() {
 	b.t.Helper()
-	b.must("Start", b.tryStart())
+	b.boot()
 }
 
 func (b *box) stop(grace time.Duration) {

@@ -8,13 +8,17 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
+
+	"github.com/choiros/agent/internal/guest/guestd"
 )
 
 // What Main looks for. A binary that does not call Main takes it for an
 // unknown flag and ends.
 const (
 	shimFlag     = "-process-shim"
+	guestdFlag   = "-process-guestd"
 	workloadFlag = "-process-workload"
 )
 
@@ -22,8 +26,8 @@ const (
 // with the root it belongs to.
 const rootVariable = "AGENT_PROCESS_ROOT"
 
-// Main takes over if this process was started as a shim or as a standard
-// workload, and exits; else it returns at once. Every binary that starts
+// Main takes over if this process was started as a shim, as guestd or as a
+// standard workload, and exits; else it returns at once. Every binary that starts
 // sandboxes calls it first of all, a test binary in TestMain.
 func Main() {
 	if len(os.Args) < 2 {
@@ -32,6 +36,10 @@ func Main() {
 	switch os.Args[1] {
 	case shimFlag:
 		os.Exit(runShim(os.Args[2:]))
+	case guestdFlag:
+		// Not for the workload.
+		syscall.CloseOnExec(guestDescriptor)
+		os.Exit(guestd.Run(os.Args[2:], os.Stdout, os.Stderr))
 	case workloadFlag:
 		os.Exit(runWorkload(os.Args[2:], os.Stdout, os.Stderr))
 	}
@@ -39,14 +47,18 @@ func Main() {
 
 // The descriptors that a shim inherits besides the standard ones.
 const (
-	mutexDescriptor  = 3 // the box's mutex, held until the workload runs
+	mutexDescriptor  = 3 // the box's mutex, held until guestd runs
 	reportDescriptor = 4 // the pipe on which it says whether it does
 )
 
-// started is what a shim reports when the workload runs.
+// guestDescriptor is that of the folder of the guest channel's sockets, which
+// guestd inherits: the folder's path may be too long for a socket in it.
+const guestDescriptor = 3
+
+// started is what a shim reports when guestd runs.
 const started = "started"
 
-// launch starts a shim, and with it the workload. If ctx ends first, the shim
+// launch starts a shim, and with it guestd. If ctx ends first, the shim
 // goes on alone, and holds the mutex until it is done.
 func (d *Driver) launch(ctx context.Context, m *mutex) error {
 	self, err := os.Executable()

@@ -24,9 +24,6 @@ const (
 	// Its default command is sleep. Any absolute path of an executable is an
 	// image, too.
 	Image = "workload"
-	// Program is the path of that program as seen from inside, for commands
-	// run by ProbeExec.
-	Program = "/workload"
 	// GuestDir is the folder of the guest channel's sockets, PORT.sock, as
 	// seen from inside; on the host it is the folder guest in Ref.Dir.
 	GuestDir = "/run/guest"
@@ -44,14 +41,13 @@ type Config struct {
 	Limits sandbox.Limits
 }
 
-// Driver is a sandbox.Driver, Validator, LogSource and Prober.
+// Driver is a sandbox.Driver, Validator and LogSource.
 type Driver struct{ cfg Config }
 
 var (
 	_ sandbox.Driver    = (*Driver)(nil)
 	_ sandbox.Validator = (*Driver)(nil)
 	_ sandbox.LogSource = (*Driver)(nil)
-	_ sandbox.Prober    = (*Driver)(nil)
 )
 
 // New returns the driver. It touches nothing. It panics if cfg is wrong.
@@ -74,6 +70,16 @@ type Options struct {
 // Spec returns a spec that runs a standard workload.
 func Spec(args ...string) sandbox.Spec {
 	return sandbox.Spec{Driver: Name, Image: Image, Command: args}
+}
+
+// Command returns the command that runs a standard workload inside, for guestd
+// to execute. Its arguments are not rewritten: they are paths of the host's.
+func Command(args ...string) []string {
+	self, err := os.Executable()
+	if err != nil {
+		self = os.Args[0]
+	}
+	return append([]string{self, workloadFlag}, args...)
 }
 
 // Probe implements sandbox.Driver.

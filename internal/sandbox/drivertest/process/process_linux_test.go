@@ -5,6 +5,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/sandbox/drivertest/process"
@@ -17,12 +18,16 @@ func TestKilledShim(t *testing.T) {
 	dir := root(t)
 	d, ref := box(t, process.Config{Root: dir, Owner: owner}, process.Spec("ignore-term"))
 	for range 3 {
-		if err := d.Start(t.Context(), ref); err != nil {
+		if err := start(t, d, ref); err != nil {
 			t.Fatal(err)
 		}
-		pids, err := process.Processes(dir)
-		if err != nil || len(pids) != 2 {
-			t.Fatalf("processes %v, %v; want shim and workload", pids, err)
+		var pids []int
+		// A process that has only just begun shows no environment.
+		for deadline := time.Now().Add(time.Minute); len(pids) != 3; {
+			var err error
+			if pids, err = process.Processes(dir); err != nil || time.Now().After(deadline) {
+				t.Fatalf("processes %v, %v; want shim, guestd and workload", pids, err)
+			}
 		}
 		for _, pid := range pids {
 			cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))

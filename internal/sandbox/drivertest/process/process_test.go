@@ -4,14 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/choiros/agent/internal/guest"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/sandbox/drivertest"
 	"github.com/choiros/agent/internal/sandbox/drivertest/process"
@@ -62,10 +65,6 @@ func root(t *testing.T) string {
 func harness(t *testing.T, root, image string) drivertest.Harness {
 	t.Helper()
 	open := opener(t, root)
-	program := image
-	if image == process.Image {
-		program = process.Program
-	}
 	return drivertest.Harness{
 		Open:   func(*testing.T) sandbox.Driver { return open(owner) },
 		OpenAs: func(_ *testing.T, owner string) sandbox.Driver { return open(owner) },
@@ -74,7 +73,6 @@ func harness(t *testing.T, root, image string) drivertest.Harness {
 			spec.Image, spec.Mounts, spec.Env = image, w.Mounts, w.Env
 			return spec
 		},
-		Program:  []string{program},
 		GuestDir: process.GuestDir,
 		Kill:     drivertest.VerbProcess(root),
 		Leaks: func(t *testing.T, ref sandbox.Ref) {
@@ -127,6 +125,32 @@ func TestDriverWithTestWorkload(t *testing.T) {
 	drivertest.Run(t, harness(t, dir, program))
 }
 
+// guestOf is the guestd of a sandbox.
+func guestOf(d *process.Driver, ref sandbox.Ref) *guest.Guest {
+	return guest.New(ref.ID, func(ctx context.Context) (net.Conn, error) { return d.Dial(ctx, ref, guest.Port) })
+}
+
+func configure(ctx context.Context, d *process.Driver, ref sandbox.Ref) error {
+	return guestOf(d, ref).Configure(ctx, guest.Configuration{Generation: 1})
+}
+
+// start starts a sandbox and its workload. It returns what guestd says of the
+// latter.
+func start(t *testing.T, d *process.Driver, ref sandbox.Ref) error {
+	t.Helper()
+	if err := d.Start(t.Context(), ref); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		// Until it listens there is nobody to connect to.
+		err := configure(t.Context(), d, ref)
+		if !errors.Is(err, sandbox.ErrUnavailable) {
+			return err
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // box is a sandbox of a test of this file.
 func box(t *testing.T, cfg process.Config, spec sandbox.Spec) (*process.Driver, sandbox.Ref) {
 	t.Helper()
@@ -145,15 +169,89 @@ func box(t *testing.T, cfg process.Config, spec sandbox.Spec) (*process.Driver, 
 
 func TestNothingOutlivesTheFirstProcess(t *testing.T) {
 	t.Parallel()
-	dir := root(t)
-	spec := sandbox.Spec{Image: "/bin/sh", Command: []string{"-c", "sleep 1000 & exit 3"}}
-	d, ref := box(t, process.Config{Root: dir, Owner: owner}, spec)
-	if err := d.Start(t.Context(), ref); err != nil {
+	// Children, and those of sessions of their own whose parents are gone.
+	const crowd = "sleep 1000 & setsid sleep 1000 & (setsid setsid sleep 1000 & setsid sh -c 'sleep 1000 & sleep 1000' &) & "
+	for name, test := range map[string]struct {
+		script string
+		stop   bool
+		code   int
+	}{
+		"ends by itself": {crowd + "exit 3", false, 3},
+		"is killed":      {crowd + "touch $READY; wait", true, 137},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir, ready := root(t), filepath.Join(t.TempDir(), "ready")
+			spec := sandbox.Spec{Image: "/bin/sh", Command: []string{"-c", test.script}, Env: map[string]string{"READY": ready}}
+			d, ref := box(t, process.Config{Root: dir, Owner: owner}, spec)
+			if err := start(t, d, ref); err != nil {
+				t.Fatal(err)
+			}
+			for test.stop {
+				if _, err := os.Stat(ready); err == nil {
+					if err := d.Stop(t.Context(), ref, 0); err != nil {
+						t.Fatal(err)
+					}
+					break
+				}
+			}
+			o, err := d.Wait(t.Context(), ref)
+			if err != nil || o.ExitCode != test.code {
+				t.Errorf("Wait says %+v, %v; want exit code %d", o, err, test.code)
+			}
+			// The shim itself is about to end.
+			for range 1000 {
+				if pids, err := process.Processes(dir); err != nil || len(pids) == 0 {
+					return
+				}
+				time.Sleep(time.Millisecond)
+			}
+			t.Error("processes are left")
+		})
+	}
+}
+
+func TestChannelOfALongPath(t *testing.T) {
+	t.Parallel()
+	d := process.New(process.Config{Root: root(t), Owner: owner})
+	ref := sandbox.Ref{ID: "box", Dir: filepath.Join(t.TempDir(), strings.Repeat("long/", 60))}
+	if err := d.Create(t.Context(), ref, process.Spec("sleep")); err != nil {
 		t.Fatal(err)
 	}
-	o, err := d.Wait(t.Context(), ref)
-	if err != nil || o.ExitCode != 3 {
-		t.Errorf("Wait says %+v, %v; want exit code 3", o, err)
+	t.Cleanup(func() {
+		if err := d.Delete(context.WithoutCancel(t.Context()), ref); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := start(t, d, ref); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCommandsRunInside(t *testing.T) {
+	t.Parallel()
+	d, ref := box(t, process.Config{Root: root(t), Owner: owner}, process.Spec("sleep"))
+	if err := start(t, d, ref); err != nil {
+		t.Fatal(err)
+	}
+	for code := range int32(3) {
+		exec, err := guestOf(d, ref).Exec(t.Context(), guest.Command{Args: process.Command("exit", strconv.Itoa(int(code)))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for {
+			output, err := exec.Receive()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if output.Exit != nil {
+				if output.Exit.Code != code {
+					t.Errorf("it ended with %+v, want %d", output.Exit, code)
+				}
+				break
+			}
+		}
+		exec.Close()
 	}
 }
 
@@ -164,8 +262,8 @@ func TestExitCodeOfSignals(t *testing.T) {
 			t.Parallel()
 			spec := sandbox.Spec{Image: "/bin/sh", Command: []string{"-c", "kill -" + signal + " $$"}}
 			d, ref := box(t, process.Config{Root: root(t), Owner: owner}, spec)
-			if err := d.Start(t.Context(), ref); err != nil {
-				t.Fatal(err)
+			if err := start(t, d, ref); err != nil {
+				t.Log(err) // it may have ended before it answered
 			}
 			if o, err := d.Wait(t.Context(), ref); err != nil || o.ExitCode != code {
 				t.Errorf("Wait says %+v, %v; want exit code %d", o, err, code)
@@ -174,18 +272,18 @@ func TestExitCodeOfSignals(t *testing.T) {
 	}
 }
 
-func TestStartOfProgramThatIsGone(t *testing.T) {
+func TestProgramThatIsGone(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "program")
 	if err := os.WriteFile(program, []byte("#!/no/such/interpreter\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	d, ref := box(t, process.Config{Root: root(t), Owner: owner}, sandbox.Spec{Image: program})
-	if err := d.Start(t.Context(), ref); err == nil || !strings.Contains(err.Error(), program) {
-		t.Errorf("Start: %v; want an error that names %s", err, program)
+	if err := start(t, d, ref); err == nil || !strings.Contains(err.Error(), program) {
+		t.Fatalf("Configure: %v; want an error that names %s", err, program)
 	}
-	if o, err := d.Inspect(t.Context(), ref); err != nil || o.State != sandbox.StateCreated {
-		t.Errorf("Inspect says %+v, %v; want created", o, err)
+	if o, err := d.Wait(t.Context(), ref); err != nil || o.ExitCode != 127 {
+		t.Errorf("Wait says %+v, %v; want exited with 127", o, err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/choiros/agent/internal/guest/wire"
 	"github.com/choiros/agent/internal/sandbox"
 )
 
@@ -45,32 +47,31 @@ func (v view) host(s string) string {
 	return s
 }
 
-// program returns a process of the sandbox that is yet to be started.
-func (m made) program(argv []string, root string) (*exec.Cmd, error) {
+// guestd returns the first process of the sandbox, yet to be started. guest is
+// the folder of the guest channel's sockets, open.
+func (m made) guestd(root, secrets string, guest *os.File) (*exec.Cmd, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
 	v := m.view()
-	args := make([]string, 0, len(argv)+1)
-	switch argv[0] {
-	case Image, Program:
-		self, err := os.Executable()
-		if err != nil {
-			return nil, err
-		}
-		args = append(args, self, workloadFlag)
-	default:
-		path, err := exec.LookPath(v.host(argv[0]))
-		if err != nil {
-			return nil, err
-		}
-		args = append(args, path)
+	listen := socketPath(guestDescriptor, strconv.Itoa(wire.Port)+".sock")
+	args := []string{self, guestdFlag, "--listen", "unix:" + listen, "--secrets-dir", secrets, "--"}
+	argv := m.argv()
+	if argv[0] == Image {
+		args = append(args, Command()...)
+	} else {
+		args = append(args, v.host(argv[0]))
 	}
 	for _, arg := range argv[1:] {
 		args = append(args, v.host(arg))
 	}
 	cmd := &exec.Cmd{
-		Path:        args[0],
+		Path:        self,
 		Args:        args,
 		Env:         baseEnvironment(root),
 		Dir:         v.host(cmp.Or(m.Spec.WorkingDir, "/")),
+		ExtraFiles:  []*os.File{guest},
 		SysProcAttr: confined(),
 	}
 	for _, name := range slices.Sorted(maps.Keys(m.Spec.Env)) {
@@ -128,38 +129,6 @@ func (d *Driver) running(ctx context.Context, ref sandbox.Ref) (made, error) {
 	return m, nil
 }
 
-// ProbeExec implements sandbox.Prober.
-func (d *Driver) ProbeExec(ctx context.Context, ref sandbox.Ref, command []string) (int, error) {
-	code, err := d.probeExec(ctx, ref, command)
-	return code, failed("probe", ref, err)
-}
-
-func (d *Driver) probeExec(ctx context.Context, ref sandbox.Ref, command []string) (int, error) {
-	if len(command) == 0 {
-		return 0, sandbox.Invalidf("command", "names no program")
-	}
-	m, err := d.running(ctx, ref)
-	if err != nil {
-		return 0, err
-	}
-	made, err := m.program(command, d.cfg.Root)
-	if err != nil {
-		return 0, err
-	}
-	cmd := exec.CommandContext(ctx, made.Path)
-	cmd.Args, cmd.Env, cmd.Dir, cmd.SysProcAttr = made.Args, made.Env, made.Dir, made.SysProcAttr
-	// Its children are in its process group, and end with it.
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	err = cmd.Run()
-	switch {
-	case ctx.Err() != nil:
-		return 0, ctx.Err()
-	case cmd.ProcessState != nil:
-		return exitCode(cmd.ProcessState), nil
-	}
-	return 0, err
-}
-
 // Dial implements sandbox.Driver.
 func (d *Driver) Dial(ctx context.Context, ref sandbox.Ref, port uint32) (net.Conn, error) {
 	conn, err := d.dial(ctx, ref, port)
@@ -181,10 +150,13 @@ func (d *Driver) dial(ctx context.Context, ref sandbox.Ref, port uint32) (net.Co
 	defer dir.Close()
 	name := strconv.FormatUint(uint64(port), 10) + ".sock"
 	for {
-		conn, err := new(net.Dialer).DialContext(ctx, "unix", socketPath(dir, name))
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", socketPath(int(dir.Fd()), name))
 		// Linux has no way to wait for room among those that wait to be
 		// accepted but to try again: connect(2), EAGAIN.
 		if !errors.Is(err, syscall.EAGAIN) {
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+				err = fmt.Errorf("%w: nothing listens there", sandbox.ErrUnavailable)
+			}
 			return conn, err
 		}
 		select {

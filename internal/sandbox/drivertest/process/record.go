@@ -23,6 +23,7 @@ import (
 //	life-N      FIFO whose writing end life N's shim holds: readers see its end
 //	stop-N      FIFO from which life N's shim reads requests to stop
 //	log         what the workload printed
+//	secrets     where guestd looks for a tmpfs, and finds none
 //	shim.log    what the shim itself printed: nothing, unless it has a fault
 type box struct {
 	id  string

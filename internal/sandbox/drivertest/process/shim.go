@@ -27,16 +27,15 @@ type shim struct {
 	log      *logWriter
 	output   sync.WaitGroup // copying what the workload prints
 	streams  []*os.File
-	cmd      *exec.Cmd
+	cmd      *exec.Cmd // guestd
 }
 
 // runShim is a shim's main program. Its one argument is the box's folder.
 func runShim(args []string) int {
-	// The workload is killed when the thread that started it ends, and that is
-	// to be when this process does: prctl(2), PR_SET_PDEATHSIG.
+	// guestd is killed when the thread that started it ends, and that is to be
+	// when this process does: prctl(2), PR_SET_PDEATHSIG.
 	runtime.LockOSThread()
-	// Handled and dropped rather than ignored, for that the workload would
-	// inherit.
+	// Handled and dropped rather than ignored, for that guestd would inherit.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM)
 	syscall.CloseOnExec(mutexDescriptor)
 	syscall.CloseOnExec(reportDescriptor)
@@ -59,7 +58,7 @@ func runShim(args []string) int {
 	return 0
 }
 
-// begin brings a new life to where its workload runs.
+// begin brings a new life to where its guestd runs.
 func (s *shim) begin() error {
 	var m made
 	if found, err := s.box.load("made.json", &m); err != nil {
@@ -83,16 +82,21 @@ func (s *shim) begin() error {
 	if s.log, err = openLog(s.box); err != nil {
 		return err
 	}
-	guest := filepath.Join(m.Dir, "guest")
-	if err := errors.Join(os.RemoveAll(guest), os.MkdirAll(guest, 0o700)); err != nil {
-		return err
+	guest, secrets := filepath.Join(m.Dir, "guest"), s.box.path("secrets")
+	for _, dir := range []string{guest, secrets} {
+		if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700)); err != nil {
+			return err
+		}
 	}
 	delay, err := startDelay(m.Spec.DriverOptions)
 	if err != nil {
 		return err
 	}
 	time.Sleep(delay)
-	if err := s.startWorkload(m); err != nil {
+	if err := becomeReaper(); err != nil {
+		return err
+	}
+	if err := s.startGuestd(m, guest, secrets); err != nil {
 		return err
 	}
 	s.life.StartedAt = time.Now()
@@ -131,9 +135,13 @@ func (s *shim) makeFIFOs() error {
 	return err
 }
 
-func (s *shim) startWorkload(m made) error {
-	var err error
-	if s.cmd, err = m.program(m.argv(), rootOf(s.box.dir)); err != nil {
+func (s *shim) startGuestd(m made, guest, secrets string) error {
+	folder, err := os.Open(guest)
+	if err != nil {
+		return err
+	}
+	defer folder.Close()
+	if s.cmd, err = m.guestd(rootOf(s.box.dir), secrets, folder); err != nil {
 		return err
 	}
 	var writers [2]*os.File
@@ -156,8 +164,8 @@ func (s *shim) startWorkload(m made) error {
 	return nil
 }
 
-// supervise stops the workload when asked to, and returns when it has ended
-// and that is written down.
+// supervise stops guestd when asked to, and returns when it has ended and that
+// is written down.
 func (s *shim) supervise() error {
 	stops, ended := make(chan time.Duration), make(chan struct{})
 	go func() {
@@ -180,7 +188,7 @@ func (s *shim) supervise() error {
 		select {
 		case grace := <-stops:
 			if grace <= 0 {
-				s.killAll()
+				_ = s.cmd.Process.Kill()
 				continue
 			}
 			_ = s.cmd.Process.Signal(syscall.SIGTERM)
@@ -189,28 +197,26 @@ func (s *shim) supervise() error {
 				kill.Reset(grace)
 			}
 		case <-kill.C:
-			s.killAll()
+			_ = s.cmd.Process.Kill()
 		case <-ended:
 			return s.finish()
 		}
 	}
 }
 
-// killAll kills the workload and what it started. Its first process was not
-// waited for yet, so nobody else can have its process group.
-func (s *shim) killAll() { _ = syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL) }
-
-// finish writes down how the workload ended.
+// finish writes down how guestd ended.
 func (s *shim) finish() error {
-	// As in a container, nothing outlives the first process.
-	s.killAll()
 	err := s.cmd.Wait()
 	var status *exec.ExitError
 	if err != nil && !errors.As(err, &status) {
 		return err
 	}
 	finished := time.Now()
-	// Only what left the process group can still hold the streams open.
+	// As in a container, nothing outlives the first process.
+	if err := killDescendants(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	// Nobody is left who could hold the streams open.
 	for _, stream := range s.streams {
 		_ = stream.SetReadDeadline(finished.Add(time.Second))
 	}

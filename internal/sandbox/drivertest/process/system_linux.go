@@ -3,12 +3,14 @@ package process
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 	"unsafe"
 )
 
@@ -28,10 +30,66 @@ func bootID() (string, error) {
 	return strings.TrimSpace(string(id)), err
 }
 
-// socketPath is a path for a socket in an open folder that is short enough
-// for unix(7), however long the folder's own is.
-func socketPath(dir *os.File, name string) string {
-	return "/proc/self/fd/" + strconv.Itoa(int(dir.Fd())) + "/" + name
+// socketPath is a path for a socket in an open folder, given by its descriptor
+// in whoever uses the path, that is short enough for unix(7), however long the
+// folder's own is.
+func socketPath(dir int, name string) string {
+	return "/proc/self/fd/" + strconv.Itoa(dir) + "/" + name
+}
+
+// becomeReaper makes this process the parent of all that descend from it and
+// lose theirs.
+func becomeReaper() error {
+	const prSetChildSubreaper = 36 // prctl(2)
+	if _, _, err := syscall.RawSyscall(syscall.SYS_PRCTL, prSetChildSubreaper, 1, 0); err != 0 {
+		return os.NewSyscallError("prctl", err)
+	}
+	return nil
+}
+
+// reapLimit is how long what was killed may take to end.
+const reapLimit = 10 * time.Second
+
+// killDescendants kills and reaps all that descends from this process. It has
+// to be a reaper, and to wait for children nowhere else meanwhile.
+func killDescendants() error {
+	for deadline := time.Now().Add(reapLimit); ; time.Sleep(200 * time.Microsecond) {
+		for {
+			pid, err := syscall.Wait4(-1, nil, syscall.WNOHANG, nil)
+			if errors.Is(err, syscall.ECHILD) {
+				return nil
+			}
+			if err != nil && !errors.Is(err, syscall.EINTR) {
+				return os.NewSyscallError("wait4", err)
+			}
+			if pid == 0 {
+				break
+			}
+		}
+		if time.Now().After(deadline) {
+			return errors.New("processes of the sandbox do not end")
+		}
+		// Whoever has no parent any more becomes a child of this process, so
+		// that in the end nobody is missed who was forked meanwhile.
+		for _, pid := range descendants(os.Getpid()) {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+}
+
+// descendants returns the processes below one; see proc_pid_children(5).
+func descendants(pid int) []int {
+	var found []int
+	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, file := range files {
+		list, _ := os.ReadFile(file) // of a thread that may be gone
+		for field := range strings.FieldsSeq(string(list)) {
+			if child, err := strconv.Atoi(field); err == nil {
+				found = append(append(found, child), descendants(child)...)
+			}
+		}
+	}
+	return found
 }
 
 // reap sees to it that a child is waited for once it ends, should this process
@@ -85,8 +143,8 @@ func waitid(idType, id uintptr, options int) error {
 }
 
 // Processes returns the pids of all processes that live and run for a sandbox
-// under the given root: shims, workloads, and what these started. Tests use it
-// to see that nothing is left.
+// under the given root: shims, guestds, workloads, and what these started.
+// Tests use it to see that nothing is left.
 func Processes(root string) ([]int, error) {
 	files, err := filepath.Glob("/proc/[0-9]*/environ")
 	if err != nil {
@@ -95,17 +153,18 @@ func Processes(root string) ([]int, error) {
 	var pids []int
 	for _, file := range files {
 		environ, err := os.ReadFile(file) // empty, of a zombie
-		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) || errors.Is(err, os.ErrPermission) {
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
 			continue
 		}
-		if err != nil {
+		if err != nil && !errors.Is(err, os.ErrPermission) {
 			return nil, err
 		}
-		for entry := range bytes.SplitSeq(environ, []byte{0}) {
-			if string(entry) == rootVariable+"="+root {
-				pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
-				pids = append(pids, pid)
-			}
+		// guestd shows its environment to nobody.
+		arguments, _ := os.ReadFile(filepath.Join(filepath.Dir(file), "cmdline"))
+		marked := bytes.Contains(environ, []byte(rootVariable+"="+root+"\x00"))
+		if marked || bytes.Contains(arguments, []byte("\x00"+guestdFlag+"\x00")) && bytes.Contains(arguments, []byte("\x00"+root+"/")) {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+			pids = append(pids, pid)
 		}
 	}
 	return pids, nil

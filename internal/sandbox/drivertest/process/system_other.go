@@ -4,9 +4,9 @@ package process
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"syscall"
 )
 
@@ -16,7 +16,11 @@ func confined() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setsid: true}
 
 func bootID() (string, error) { return "", nil }
 
-func socketPath(dir *os.File, name string) string { return filepath.Join(dir.Name(), name) }
+func socketPath(dir int, name string) string { return fmt.Sprintf("/dev/fd/%d/%s", dir, name) }
+
+func becomeReaper() error { return nil }
+
+func killDescendants() error { return nil }
 
 func awaitExit(process *os.Process) { _, _ = process.Wait() }
 

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/choiros/agent/internal/guest"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/sandbox/drivertest/process"
 )
@@ -35,7 +36,6 @@ type faulty struct {
 	list     func(ctx context.Context) ([]string, error)
 	dial     func(ctx context.Context, ref sandbox.Ref, port uint32) (net.Conn, error)
 	validate func(ctx context.Context, spec sandbox.Spec) error
-	exec     func(ctx context.Context, ref sandbox.Ref, command []string) (int, error)
 	resize   func(ctx context.Context, ref sandbox.Ref, limits sandbox.Resources) error
 	logs     func(ctx context.Context, ref sandbox.Ref, opts sandbox.LogOptions, yield func(sandbox.LogEntry) error) error
 }
@@ -62,10 +62,6 @@ func (f *faulty) Dial(ctx context.Context, ref sandbox.Ref, port uint32) (net.Co
 
 func (f *faulty) Validate(ctx context.Context, spec sandbox.Spec) error { return f.validate(ctx, spec) }
 
-func (f *faulty) ProbeExec(ctx context.Context, ref sandbox.Ref, command []string) (int, error) {
-	return f.exec(ctx, ref, command)
-}
-
 func (f *faulty) Logs(ctx context.Context, ref sandbox.Ref, opts sandbox.LogOptions, yield func(sandbox.LogEntry) error) error {
 	return f.logs(ctx, ref, opts, yield)
 }
@@ -88,7 +84,7 @@ func flawless(root, owner string) *faulty {
 		Driver: d, resize: resize,
 		create: d.Create, start: d.Start, stop: d.Stop, delete: d.Delete,
 		inspect: d.Inspect, wait: d.Wait, list: d.List, dial: d.Dial,
-		validate: d.Validate, exec: d.ProbeExec, logs: d.Logs,
+		validate: d.Validate, logs: d.Logs,
 	}
 }
 
@@ -103,7 +99,7 @@ type fault struct {
 }
 
 func faults() []fault {
-	return slices.Concat(faultsOfState(), faultsOfDelete(), faultsOfTime(), faultsOfAbilities())
+	return slices.Concat(faultsOfState(), faultsOfDelete(), faultsOfTime(), faultsOfGuests(), faultsOfAbilities())
 }
 
 // faultsOfState are of what is done twice, or to nothing.
@@ -271,6 +267,48 @@ func faultsOfTime() []fault {
 	}
 }
 
+// faultsOfGuests are of guestd and the way to it.
+func faultsOfGuests() []fault {
+	return []fault{
+		{"Dial mistakes the port", "GuestAnswers", "not within", func(f *faulty, _ string, _ *sync.Map) {
+			f.dial = func(ctx context.Context, ref sandbox.Ref, port uint32) (net.Conn, error) {
+				return f.Driver.Dial(ctx, ref, port+1)
+			}
+		}},
+		{"Dial reaches nobody once opened anew", "GuestAnswers", "not within", func(f *faulty, _ string, _ *sync.Map) {
+			started := false
+			f.start = func(ctx context.Context, ref sandbox.Ref) error {
+				started = true
+				return f.Driver.Start(ctx, ref)
+			}
+			f.dial = func(ctx context.Context, ref sandbox.Ref, port uint32) (net.Conn, error) {
+				if !started {
+					return nil, sandbox.ErrUnavailable
+				}
+				return f.Driver.Dial(ctx, ref, port)
+			}
+		}},
+		{"Start configures guestd", "GuestAnswers", "phase 2, want 1", func(f *faulty, _ string, _ *sync.Map) {
+			f.start = func(ctx context.Context, ref sandbox.Ref) error {
+				err := f.Driver.Start(ctx, ref)
+				for err == nil && configure(ctx, f.Driver, ref) != nil {
+					time.Sleep(time.Millisecond)
+				}
+				return err
+			}
+		}},
+		{"a guestd that waits is not asked to stop", "StopOfUnconfigured", "exit code 137, want 143", func(f *faulty, _ string, _ *sync.Map) {
+			f.stop = func(ctx context.Context, ref sandbox.Ref, grace time.Duration) error {
+				info, err := guestOf(f.Driver, ref).Hello(ctx)
+				if err == nil && info.Phase == guest.PhaseWaiting {
+					grace = 0
+				}
+				return f.Driver.Stop(ctx, ref, grace)
+			}
+		}},
+	}
+}
+
 // faultsOfAbilities are of the optional interfaces.
 func faultsOfAbilities() []fault {
 	return []fault{
@@ -291,12 +329,6 @@ func faultsOfAbilities() []fault {
 		{"none", "Resize", "", func(*faulty, string, *sync.Map) {}},
 		{"Resize of an absent one succeeds", "Resize", "Resize of an absent one", func(f *faulty, _ string, _ *sync.Map) {
 			f.resize = func(context.Context, sandbox.Ref, sandbox.Resources) error { return nil }
-		}},
-		{"every probe succeeds", "ProbeExecReturnsTheStatus", "want 3", func(f *faulty, _ string, _ *sync.Map) {
-			f.exec = func(ctx context.Context, ref sandbox.Ref, command []string) (int, error) {
-				_, err := f.Driver.ProbeExec(ctx, ref, command)
-				return 0, err
-			}
 		}},
 		{"logs mix streams", "LogsKeepStreamsApart", "stdout", func(f *faulty, _ string, _ *sync.Map) {
 			f.logs = func(ctx context.Context, ref sandbox.Ref, opts sandbox.LogOptions, yield func(sandbox.LogEntry) error) error {
