@@ -42,8 +42,10 @@ func (c *Config) validate() error {
 		refuse("log_format", "%q is neither text nor json", c.LogFormat)
 	}
 	for _, k := range []key{
-		{path: "machine_classes", at: &c.MachineClasses}, {path: "podman.socket", at: &c.Podman.Socket},
-		{path: "guestd", at: &c.Guestd}, {path: "secrets.age_identities", at: &c.Secrets.AgeIdentities},
+		{path: "machine_classes", at: &c.MachineClasses},
+		{path: "podman.socket", at: &c.Podman.Socket},
+		{path: "guestd", at: &c.Guestd},
+		{path: "secrets.age_identities", at: &c.Secrets.AgeIdentities},
 	} {
 		if problem := pathProblem(k.String()); k.String() != "" && problem != "" {
 			refuse(k.path, "%s", problem)

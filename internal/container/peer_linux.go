@@ -104,7 +104,7 @@ func parseNumbers(r io.Reader) ([]int, error) {
 			continue
 		}
 		var numbers []int
-		for _, field := range strings.Fields(list) {
+		for field := range strings.FieldsSeq(list) {
 			number, err := strconv.Atoi(field)
 			if err != nil {
 				return nil, fmt.Errorf("NSpid: %w", err)

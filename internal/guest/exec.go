@@ -140,9 +140,9 @@ func (x *Exec) sent(err error) error {
 
 // Close ends the call, and with it a command that was neither started to be
 // kept nor detached from.
-func (x *Exec) Close() error {
+func (x *Exec) Close() {
 	x.undo()
-	return x.conn.Close()
+	x.conn.Close()
 }
 
 // ExecInfo is a command that runs, or that ended lately with nobody attached.

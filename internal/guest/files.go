@@ -2,6 +2,7 @@ package guest
 
 import (
 	"context"
+	"errors"
 	"io"
 	"time"
 
@@ -98,7 +99,7 @@ func (d *Download) Read(p []byte) (int, error) {
 	switch {
 	case err == nil || n > 0:
 		return n, nil
-	case err != io.EOF: //nolint:errorlint // A Reader returns EOF itself.
+	case !errors.Is(err, io.EOF):
 		d.end = d.guest.broken(d.ctx, d.op, err)
 	default:
 		// Only what follows the bytes says whether they are all.
@@ -110,9 +111,9 @@ func (d *Download) Read(p []byte) (int, error) {
 }
 
 // Close ends the call.
-func (d *Download) Close() error {
+func (d *Download) Close() {
 	d.undo()
-	return d.conn.Close()
+	d.conn.Close()
 }
 
 // Read returns a file's bytes from offset; length zero: to its end. If ctx
@@ -186,9 +187,9 @@ func (u *Upload) Finish() (files, bytes uint64, err error) {
 }
 
 // Close ends the call; without Finish before, a file stays as it was.
-func (u *Upload) Close() error {
+func (u *Upload) Close() {
 	u.undo()
-	return u.conn.Close()
+	u.conn.Close()
 }
 
 // Write replaces a file, in one step once all is there. mode nil: that of the

@@ -380,4 +380,3 @@ func text(s string) string {
 		return r
 	}, s)
 }
-

@@ -79,8 +79,8 @@ func calls(g *Guest) map[string]func(ctx context.Context) error {
 		"WatchFiles": func(ctx context.Context) error {
 			return g.WatchFiles(ctx, "/", true, func([]*guestv1.FileChange, bool) error { return nil })
 		},
-		"Stat": func(ctx context.Context) error { _, err := g.Stat(ctx, "/a"); return err },
-		"List": func(ctx context.Context) error { _, _, err := g.List(ctx, "/", "", 10); return err },
+		"Stat":  func(ctx context.Context) error { _, err := g.Stat(ctx, "/a"); return err },
+		"List":  func(ctx context.Context) error { _, _, err := g.List(ctx, "/", "", 10); return err },
 		"Execs": func(ctx context.Context) error { _, err := g.Execs(ctx); return err },
 		"Read": func(ctx context.Context) error {
 			d, err := g.Read(ctx, "/a", 0, 0)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -82,10 +83,7 @@ func (m *Manager) resolve(ctx context.Context, e *entry) (secrets.Set, error) {
 		return secrets.Set{}, m.checkSecrets(s.Spec)
 	}
 	e.mu.Lock()
-	inline := make(map[string]secrets.Value, len(e.given.inline))
-	for name, value := range e.given.inline {
-		inline[name] = value
-	}
+	inline := maps.Clone(e.given.inline)
 	e.mu.Unlock()
 	return m.cfg.Secrets.Resolve(ctx, s.Spec.Secrets, inline, s.Spec.Keyless)
 }

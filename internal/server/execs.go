@@ -133,7 +133,8 @@ func feed(stream agentv1.ExecService_ExecServer, exec *guest.Exec, detached *ato
 		case *agentv1.ExecRequest_Detach:
 			if err = exec.Detach(); err == nil {
 				detached.Store(true)
-				return exec.Close()
+				exec.Close()
+				return nil
 			}
 		default:
 			return sandbox.Invalidf("message", "is none of stdin, resize, signal and detach")
