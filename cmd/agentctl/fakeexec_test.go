@@ -12,7 +12,6 @@ import (
 	"slices"
 	"sync"
 	"syscall"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -198,15 +197,11 @@ func (f *fakeAgent) Exec(stream grpc.BidiStreamingServer[agentv1.ExecRequest, ag
 	if err := stream.Send(&agentv1.ExecResponse{Message: &agentv1.ExecResponse_Started{Started: started}}); err != nil {
 		return err
 	}
+	if first.GetStart().GetDetached() {
+		return nil
+	}
 	detached := make(chan struct{})
 	go e.serve(stream, detached)
-	if first.GetStart().GetKeep() && first.GetStart().GetNoStdin() {
-		select { // of a detach that was sent along
-		case <-detached:
-			return nil
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
 	for {
 		e.mu.Lock()
 		news, grown := slices.Clone(e.out[e.read:]), e.grown

@@ -83,7 +83,7 @@ func (a *app) exec(cmd *cobra.Command, f *execFlags, name string, command []stri
 	}
 	start := &agentv1.ExecStart{
 		Name: name, Command: command, Env: map[string]string{}, WorkingDir: f.workdir, User: f.user,
-		Tty: f.tty, Keep: f.keep || f.detach, NoStdin: !f.input,
+		Tty: f.tty, Keep: f.keep, NoStdin: !f.input, Detached: f.detach,
 	}
 	if f.tty && f.input && !f.detach && terminalOf(a.stdin) == nil {
 		return withHint(sandbox.Invalidf("-t", "stdin is not a terminal"), "leave out -t")
@@ -100,7 +100,7 @@ func (a *app) exec(cmd *cobra.Command, f *execFlags, name string, command []stri
 	if err != nil {
 		return err
 	}
-	s := &session{a: a, c: c, name: name, tty: f.tty, keep: start.GetKeep(), input: f.input && !f.detach, keys: keys, detach: f.detach}
+	s := &session{a: a, c: c, name: name, tty: f.tty, keep: start.GetKeep(), input: f.input && !f.detach, keys: keys}
 	return s.run(cmd.Context(), &agentv1.ExecRequest{Message: &agentv1.ExecRequest_Start{Start: start}})
 }
 

@@ -32,9 +32,8 @@ type session struct {
 	tty  bool   // the command has a terminal
 	keep bool   // the command outlives the call
 
-	input  bool   // stdin is passed on
-	keys   []byte // typed, they detach; empty: nothing does
-	detach bool   // leave as soon as it runs
+	input bool   // stdin is passed on
+	keys  []byte // typed, they detach; empty: nothing does
 
 	sending sync.Mutex
 	stream  interface {
@@ -61,10 +60,7 @@ func (s *session) run(ctx context.Context, first *agentv1.ExecRequest) error {
 	if err != nil {
 		return s.failure(ctx, err)
 	}
-	if s.detach {
-		if err := s.finish(inner); err != nil {
-			return s.failure(ctx, err)
-		}
+	if first.GetStart().GetDetached() {
 		return s.told()
 	}
 	release, err := s.connect(inner)
@@ -89,10 +85,6 @@ func (s *session) run(ctx context.Context, first *agentv1.ExecRequest) error {
 func (s *session) begin(first *agentv1.ExecRequest) error {
 	// An error of Send is io.EOF: what Recv returns says more.
 	err := s.stream.Send(first)
-	if err == nil && s.detach {
-		// At once: what the command prints is for whoever attaches to it.
-		err = s.leaveRunning()
-	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
@@ -104,18 +96,6 @@ func (s *session) begin(first *agentv1.ExecRequest) error {
 		return errors.New("the agent did not say that the command started")
 	}
 	return nil
-}
-
-// finish waits until the agent has ended a call that was detached.
-func (s *session) finish(ctx context.Context) error {
-	for {
-		if _, err := s.stream.Recv(); err != nil {
-			if errors.Is(err, io.EOF) || errors.Is(context.Cause(ctx), errDetached) {
-				return nil
-			}
-			return err
-		}
-	}
 }
 
 // told prints the id of a command that was left running from the start.

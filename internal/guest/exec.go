@@ -21,6 +21,8 @@ type Command struct {
 	Size    Size
 	Keep    bool // goes on when nobody is attached
 	NoInput bool
+	// Detached leaves it running: nothing is received of it but by Attach.
+	Detached bool
 }
 
 // Exec is a command inside that the agent is attached to. One goroutine may
@@ -53,7 +55,7 @@ type Exit struct {
 func (g *Guest) Exec(ctx context.Context, c Command) (*Exec, error) {
 	call := &guestv1.Exec{
 		Command: c.Args, Env: c.Env, WorkingDir: c.Dir, User: c.User,
-		Tty: c.TTY, Keep: c.Keep, NoInput: c.NoInput,
+		Tty: c.TTY, Keep: c.Keep, NoInput: c.NoInput, Detached: c.Detached,
 	}
 	if c.TTY {
 		call.Size = &guestv1.TerminalSize{Columns: c.Size.Columns, Rows: c.Size.Rows}

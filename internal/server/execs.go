@@ -55,6 +55,9 @@ func (s *execService) Exec(stream agentv1.ExecService_ExecServer) error {
 	}}); err != nil {
 		return err
 	}
+	if first.GetStart().GetDetached() {
+		return nil
+	}
 	var detached atomic.Bool
 	// It ends with the stream, which this method's return ends.
 	go func() {
@@ -97,6 +100,7 @@ func beginExec(ctx context.Context, g *guest.Guest, first *agentv1.ExecRequest) 
 	exec, err := g.Exec(ctx, guest.Command{
 		Args: start.GetCommand(), Env: start.GetEnv(), Dir: start.GetWorkingDir(), User: start.GetUser(),
 		TTY: start.GetTty(), Size: sizeFromWire(start.GetTerminalSize()), Keep: start.GetKeep(), NoInput: start.GetNoStdin(),
+		Detached: start.GetDetached(),
 	})
 	if said, ok := errors.AsType[*guest.Error](err); ok {
 		return nil, &sandbox.FieldError{Field: "start", Problem: said.Message, Err: said.Sentinel}

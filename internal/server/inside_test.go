@@ -178,6 +178,18 @@ func TestExecIsLeftAndAttachedTo(t *testing.T) {
 	if err != nil || again.exit.GetCode() != 3 || !strings.HasSuffix(again.stdout, "two\n") {
 		t.Errorf("attached: %+v, %v", again, err)
 	}
+	// One that nobody ever was attached to has said nothing in vain.
+	alone, err := exec(t, conn, &agentv1.ExecStart{Command: []string{"sh", "-c", "echo alone; exit 4"}, Detached: true, NoStdin: true}, nil)
+	if err != nil || alone.exit != nil || alone.stdout != "" {
+		t.Fatalf("detached at once: %+v, %v", alone, err)
+	}
+	if stream, err = client.Exec(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	_ = stream.Send(&agentv1.ExecRequest{Message: &agentv1.ExecRequest_Attach{Attach: &agentv1.ExecAttach{Name: "web", ExecId: alone.id}}})
+	if again, err = finish(stream); err != nil || again.exit.GetCode() != 4 || again.stdout != "alone\n" {
+		t.Errorf("attached: %+v, %v", again, err)
+	}
 	// What is killed from aside.
 	kept, err := exec(t, conn, &agentv1.ExecStart{Command: []string{"sleep", "60"}, Keep: true}, func(s agentv1.ExecService_ExecClient) {
 		_ = s.Send(&agentv1.ExecRequest{Message: &agentv1.ExecRequest_Detach{Detach: &agentv1.ExecDetach{}}})

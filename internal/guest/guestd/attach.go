@@ -28,6 +28,13 @@ func (e *execs) exec(_ context.Context, conn *wire.Conn, call *guestv1.Exec) err
 	if err != nil {
 		return err
 	}
+	if call.GetDetached() {
+		x.mu.Lock()
+		x.keep = true
+		x.mu.Unlock()
+		go x.follow() // ends with the command
+		return conn.Send(x.startedResponse())
+	}
 	a := &attachment{conn: conn, ready: make(chan struct{})}
 	close(a.ready)
 	x.mu.Lock()

@@ -193,7 +193,10 @@ type ExecStart struct {
 	// Goes on when the call ends.
 	Keep bool `protobuf:"varint,8,opt,name=keep,proto3" json:"keep,omitempty"`
 	// No input: the command reads the end at once.
-	NoStdin       bool `protobuf:"varint,9,opt,name=no_stdin,json=noStdin,proto3" json:"no_stdin,omitempty"`
+	NoStdin bool `protobuf:"varint,9,opt,name=no_stdin,json=noStdin,proto3" json:"no_stdin,omitempty"`
+	// Leave it running at once: the call ends after started, and what it prints
+	// waits for ExecAttach.
+	Detached      bool `protobuf:"varint,10,opt,name=detached,proto3" json:"detached,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -287,6 +290,13 @@ func (x *ExecStart) GetKeep() bool {
 func (x *ExecStart) GetNoStdin() bool {
 	if x != nil {
 		return x.NoStdin
+	}
+	return false
+}
+
+func (x *ExecStart) GetDetached() bool {
+	if x != nil {
+		return x.Detached
 	}
 	return false
 }
@@ -967,7 +977,7 @@ const file_choiros_agent_v1_exec_service_proto_rawDesc = "" +
 	"\x06resize\x18\x04 \x01(\v2\x1e.choiros.agent.v1.TerminalSizeH\x00R\x06resize\x12\x18\n" +
 	"\x06signal\x18\x05 \x01(\tH\x00R\x06signal\x126\n" +
 	"\x06detach\x18\x06 \x01(\v2\x1c.choiros.agent.v1.ExecDetachH\x00R\x06detachB\t\n" +
-	"\amessage\"\xe4\x02\n" +
+	"\amessage\"\x80\x03\n" +
 	"\tExecStart\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\acommand\x18\x02 \x03(\tR\acommand\x126\n" +
@@ -978,7 +988,9 @@ const file_choiros_agent_v1_exec_service_proto_rawDesc = "" +
 	"\x03tty\x18\x06 \x01(\bR\x03tty\x12C\n" +
 	"\rterminal_size\x18\a \x01(\v2\x1e.choiros.agent.v1.TerminalSizeR\fterminalSize\x12\x12\n" +
 	"\x04keep\x18\b \x01(\bR\x04keep\x12\x19\n" +
-	"\bno_stdin\x18\t \x01(\bR\anoStdin\x1a6\n" +
+	"\bno_stdin\x18\t \x01(\bR\anoStdin\x12\x1a\n" +
+	"\bdetached\x18\n" +
+	" \x01(\bR\bdetached\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\\\n" +

@@ -1575,7 +1575,10 @@ type Exec struct {
 	// Goes on when nobody is attached.
 	Keep bool `protobuf:"varint,7,opt,name=keep,proto3" json:"keep,omitempty"`
 	// No standard input: it reads the end at once.
-	NoInput       bool `protobuf:"varint,8,opt,name=no_input,json=noInput,proto3" json:"no_input,omitempty"`
+	NoInput bool `protobuf:"varint,8,opt,name=no_input,json=noInput,proto3" json:"no_input,omitempty"`
+	// Nobody attaches: the call is over after the Response, the command goes on,
+	// and all that it prints waits for an Attach. As with keep.
+	Detached      bool `protobuf:"varint,9,opt,name=detached,proto3" json:"detached,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1662,6 +1665,13 @@ func (x *Exec) GetKeep() bool {
 func (x *Exec) GetNoInput() bool {
 	if x != nil {
 		return x.NoInput
+	}
+	return false
+}
+
+func (x *Exec) GetDetached() bool {
+	if x != nil {
+		return x.Detached
 	}
 	return false
 }
@@ -3829,7 +3839,7 @@ const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"\acommand\x18\x01 \x03(\tR\acommand\";\n" +
 	"\tProbeNote\x12\x14\n" +
 	"\x05ready\x18\x01 \x01(\bR\x05ready\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\xb5\x02\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"\xd1\x02\n" +
 	"\x04Exec\x12\x18\n" +
 	"\acommand\x18\x01 \x03(\tR\acommand\x121\n" +
 	"\x03env\x18\x02 \x03(\v2\x1f.choiros.guest.v1.Exec.EnvEntryR\x03env\x12\x1f\n" +
@@ -3839,7 +3849,8 @@ const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"\x03tty\x18\x05 \x01(\bR\x03tty\x122\n" +
 	"\x04size\x18\x06 \x01(\v2\x1e.choiros.guest.v1.TerminalSizeR\x04size\x12\x12\n" +
 	"\x04keep\x18\a \x01(\bR\x04keep\x12\x19\n" +
-	"\bno_input\x18\b \x01(\bR\anoInput\x1a6\n" +
+	"\bno_input\x18\b \x01(\bR\anoInput\x12\x1a\n" +
+	"\bdetached\x18\t \x01(\bR\bdetached\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"<\n" +
