@@ -297,7 +297,7 @@ func (m *Manager) create(ctx context.Context, e *entry, rec store.Record) error 
 		return errors.Join(err, m.rollback(ctx, e))
 	}
 	e.made = true
-	m.openPorts(e.name, rec.Leases)
+	m.settlePorts(e, rec.Leases)
 	if rec.Desired == store.DesiredRunning {
 		// The boot's own intent follows at once and implies this.
 		m.publish(e, enter(PhaseStarting, "", ""))

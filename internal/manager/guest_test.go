@@ -489,36 +489,74 @@ func TestLeaseIsRecordedBeforeItIsBound(t *testing.T) {
 
 func TestDetectedPortsAreOfferedOrForwarded(t *testing.T) {
 	t.Parallel()
-	h := newHost(t)
+	h := newHost(t, func(c *Config) { c.Ports = forward.Config{First: 13000, Last: 13099} })
 	spec := service(t)
 	port := spec.Ports[0].GuestPort
-	spec.Ports, spec.AutoForward = nil, sandbox.AutoForward{}
-	h.create("offers", spec)
-	h.await("offers", "has the port offered", func(s *Sandbox) bool {
-		return slices.ContainsFunc(s.Detected, func(d Detected) bool { return d.Port == port && d.Refusal == "" || d.Port == port && port >= 32768 })
-	})
-	if s := h.get("offers"); len(s.Endpoints) != 0 {
-		t.Errorf("forwarded: %+v", s.Endpoints)
-	}
-	spec = service(t)
-	port = spec.Ports[0].GuestPort
 	spec.Ports = nil
-	spec.AutoForward = sandbox.AutoForward{Mode: sandbox.AutoForwardForward}
-	h.create("forwards", spec)
-	s := h.await("forwards", "has the port forwarded", func(s *Sandbox) bool {
-		return slices.ContainsFunc(s.Endpoints, func(p Endpoint) bool { return p.GuestPort == port && p.Auto })
-	})
-	i := slices.IndexFunc(s.Endpoints, func(p Endpoint) bool { return p.GuestPort == port })
-	greeted(t, s.Endpoints[i].Address.String())
+	h.create("web", spec)
+	e, err := h.m.find("web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	see := func(auto sandbox.AutoForward, ports ...uint16) *Sandbox {
+		t.Helper()
+		if err := e.lock(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		defer e.unlock()
+		e.unguard() // what the host's other programs listen on is seen inside too
+		e.rec.Spec.AutoForward = auto
+		var listeners []guest.Listener
+		for _, p := range ports {
+			listeners = append(listeners, guest.Listener{Address: "127.0.0.1", Port: p, Program: "app"})
+		}
+		h.m.seeListeners(e, listeners)
+		return h.get("web")
+	}
+	s := see(sandbox.AutoForward{}, port, 22)
+	if len(s.Endpoints) != 0 || len(s.Detected) != 2 || s.Detected[0].Refusal == "" || s.Detected[1] != (Detected{Port: port, Program: "app"}) {
+		t.Errorf("offered: %+v, endpoints %+v", s.Detected, s.Endpoints)
+	}
+	forwards := sandbox.AutoForward{Mode: sandbox.AutoForwardForward}
+	s = see(forwards, port, 22)
+	if len(s.Endpoints) != 1 || !s.Endpoints[0].Auto || s.Endpoints[0].GuestPort != port || len(s.Detected) != 1 {
+		t.Fatalf("forwarded: %+v, detected %+v", s.Endpoints, s.Detected)
+	}
+	greeted(t, s.Endpoints[0].Address.String())
+	if again := see(forwards, port); !slices.Equal(again.Endpoints, s.Endpoints) {
+		t.Errorf("seen again: %+v", again.Endpoints)
+	}
+	if s = see(sandbox.AutoForward{Mode: sandbox.AutoForwardForward, Deny: []uint16{9999}}, port, 9999); len(s.Endpoints) != 1 || len(s.Detected) != 1 || s.Detected[0].Refusal == "" {
+		t.Errorf("denied: %+v, %+v", s.Endpoints, s.Detected)
+	}
+	// A guest that goes from port to port has no more than its share.
+	for next := uint16(1000); next < 1000+10*forward.MaxAuto; next++ {
+		s = see(forwards, next)
+	}
 	if len(s.Endpoints) > forward.MaxAuto {
-		t.Errorf("%d ports are forwarded", len(s.Endpoints))
+		t.Errorf("%d ports are forwarded by themselves", len(s.Endpoints))
 	}
-	spec = service(t)
-	port = spec.Ports[0].GuestPort
-	spec.Ports = nil
-	spec.AutoForward = sandbox.AutoForward{Mode: sandbox.AutoForwardForward, Deny: []uint16{port}}
-	h.create("denied", spec)
-	h.await("denied", "has the port refused", func(s *Sandbox) bool {
-		return slices.ContainsFunc(s.Detected, func(d Detected) bool { return d.Port == port && d.Refusal != "" })
-	})
+}
+
+func TestPortThatIsTakenAtTheLastMomentIsReplaced(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	spec := service(t)
+	var thief net.Listener
+	h.m.cfg.OnStep = func(step string) {
+		if step != "create:artefacts" || thief != nil {
+			return
+		}
+		leased := h.m.forward.Leases("web")[0].HostPort
+		var err error
+		if thief, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", leased)); err != nil {
+			t.Error(err)
+		}
+	}
+	s := h.create("web", spec)
+	defer thief.Close()
+	if s.Endpoints[0].Address.String() == thief.Addr().String() {
+		t.Errorf("%s is shown, and is another program's", thief.Addr())
+	}
+	greeted(t, s.Endpoints[0].Address.String())
 }

@@ -6,9 +6,11 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/choiros/agent/internal/forward"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/sandbox/drivertest/process"
 	"github.com/choiros/agent/internal/store"
@@ -19,6 +21,8 @@ func TestMain(m *testing.M) {
 	serviceMain()
 	os.Exit(m.Run())
 }
+
+var hosts atomic.Uint32
 
 // host is a host whose agent can be restarted.
 type host struct {
@@ -42,6 +46,10 @@ func newHost(t *testing.T, edit ...func(*Config)) *host {
 		Memory: func() (uint64, uint64, error) { return 16384, 16384, nil },
 		Log:    slog.New(slog.NewTextHandler(t.Output(), nil)),
 	}
+	// Ports of its own: another test's agent may take a number while this one
+	// is restarted.
+	first := uint16(14000 + 10*hosts.Add(1))
+	h.cfg.Ports = forward.Config{First: first, Last: first + 9}
 	for _, f := range edit {
 		f(&h.cfg)
 	}

@@ -54,7 +54,7 @@ func TestReadiness(t *testing.T) {
 	}
 
 	spec = process.Spec("sleep")
-	spec.Readiness = sandbox.Readiness{Exec: process.Command("exit", "3"), Timeout: 300 * time.Millisecond}
+	spec.Readiness = sandbox.Readiness{Exec: process.Command("exit", "3"), Timeout: 2 * time.Second}
 	_, err := h.m.Create(t.Context(), CreateRequest{Name: "never", Spec: spec, Start: true})
 	if !errors.Is(err, sandbox.ErrNotReady) || !strings.Contains(err.Error(), "status 3") {
 		t.Errorf("never ready: %v", err)

@@ -21,6 +21,8 @@ const (
 	youth      = 10 * time.Second
 	retryPort  = 25 * time.Millisecond
 	retryGuest = 3
+	// portTries is how often a leased number may be found taken in a row.
+	portTries = 5
 )
 
 // Endpoint is a port inside that is reachable on the host.
@@ -82,6 +84,62 @@ func (m *Manager) openPorts(name string, leases []store.Lease) {
 			m.log.Warn("port not bound", "sandbox", name, "port", l.HostPort, "err", err)
 		}
 	}
+}
+
+// settlePorts listens on leases that were just recorded. A leased number that
+// another program took in between is given up for another: nobody knows of it
+// yet. It needs the operation lock.
+func (m *Manager) settlePorts(e *entry, fresh []store.Lease) {
+	for range portTries {
+		var lost []store.Lease
+		for _, l := range fresh {
+			err := m.forward.Open(forwardLease(e.name, l))
+			fixed := slices.ContainsFunc(e.rec.Spec.Ports, func(p sandbox.Port) bool {
+				return p.GuestPort == l.GuestPort && p.UDP == l.UDP && p.HostPort != 0
+			})
+			if err != nil && fixed {
+				m.log.Warn("port not bound", "sandbox", e.name, "port", l.HostPort, "err", err)
+			}
+			if err != nil && !fixed {
+				lost = append(lost, l)
+			}
+		}
+		if len(lost) == 0 {
+			return
+		}
+		if fresh = m.replaceLeases(e, lost); len(fresh) == 0 {
+			return
+		}
+	}
+}
+
+// replaceLeases leases other numbers in the place of some, and returns them.
+func (m *Manager) replaceLeases(e *entry, lost []store.Lease) []store.Lease {
+	ports := make([]sandbox.Port, len(lost))
+	for i, l := range lost {
+		ports[i] = sandbox.Port{Name: l.Name, GuestPort: l.GuestPort, UDP: l.UDP, BindAddress: l.BindAddress}
+	}
+	fresh, err := m.reservePorts(e.name, ports, specPort)
+	if err != nil {
+		m.log.Warn("port not bound", "sandbox", e.name, "err", err)
+		return nil
+	}
+	for i := range fresh {
+		fresh[i].Auto = lost[i].Auto
+	}
+	err = m.put(e, func(r *store.Record) {
+		r.Leases = slices.DeleteFunc(slices.Clone(r.Leases), func(l store.Lease) bool { return slices.Contains(lost, l) })
+		r.Leases = append(r.Leases, fresh...)
+	}, nil)
+	unwanted := lost
+	if err != nil {
+		m.log.Error("record not written", "sandbox", e.name, "err", err)
+		unwanted, fresh = fresh, nil
+	}
+	for _, l := range unwanted {
+		m.forward.Release(forwardLease(e.name, l))
+	}
+	return fresh
 }
 
 // PortStatus is one forward as it is now.
@@ -190,7 +248,7 @@ func (m *Manager) addPort(e *entry, port sandbox.Port, auto bool) error {
 		return fmt.Errorf("forward port %d of %s: %w", port.GuestPort, e.name, err)
 	}
 	m.log.Info("port forwarded", "sandbox", e.name, "guest_port", port.GuestPort, "host_port", leases[0].HostPort, "auto", auto)
-	m.openPorts(e.name, leases)
+	m.settlePorts(e, leases)
 	return nil
 }
 

@@ -7,17 +7,21 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/choiros/agent/internal/forward"
 	"github.com/choiros/agent/internal/manager"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/server"
 	"github.com/choiros/agent/internal/store"
 )
+
+var agents atomic.Uint32
 
 // testAgent is store, manager and server of one state directory, on a real unix
 // socket, in this process.
@@ -61,6 +65,9 @@ func startAgent(t testing.TB, opts agentOptions) *testAgent {
 		t.Fatal(err)
 	}
 	config := opts.Manager
+	// Ports of its own, for tests are parallel.
+	first := uint16(16000 + 10*agents.Add(1))
+	config.Ports = forward.Config{First: first, Last: first + 9}
 	config.Store, config.Log = a.Store, log
 	config.Drivers = opts.Drivers(a.Store.Owner())
 	if config.MinFreeMemoryMiB == 0 {
