@@ -8,8 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,13 +23,96 @@ import (
 )
 
 // scenario is every operation that has steps, each retried under its request
-// id until it is answered, whatever happens to the agent meanwhile.
+// id until it is answered, whatever happens to the agent meanwhile. In between
+// the sandbox answers at its ports and has its secret.
 func scenario(h *crashHost, name string) {
 	h.mutate(name, "create", true)
+	first := endpoint(h.get(name), h.guestPort(boxNumber(name)))
+	h.inUse(name, first)
+	h.mutate(name, "stop", false)
+	h.wake(name, first)
+	h.inUse(name, first)
+	h.removePort(name)
+	second := h.addPort(name)
+	h.inUse(name, second)
 	h.mutate(name, "stop", false)
 	h.mutate(name, "start", true)
 	h.mutate(name, "restart", true)
+	h.inUse(name, second)
 	h.mutate(name, "delete", false)
+	for _, address := range []string{first, second} {
+		if said, err := call(h.t.Context(), address); !errors.Is(err, syscall.ECONNREFUSED) {
+			h.t.Errorf("the deleted sandbox's %s says %q, %v", address, said, err)
+		}
+	}
+}
+
+// boxNumber tells sandboxes that live at the same time apart: it is that at the
+// end of a name.
+func boxNumber(name string) int {
+	n, _ := strconv.Atoi(name[strings.LastIndex(name, "-")+1:])
+	return n
+}
+
+// inUse does what a running sandbox is there for, through a port of the host
+// that never changes.
+func (h *crashHost) inUse(name, address string) {
+	h.t.Helper()
+	h.reach(name, address)
+	h.eventually(name+" has its secret", func() error {
+		out, err := h.output(name, h.backend.variable("SECRET")...)
+		if err == nil && !strings.Contains(out, secretValue) {
+			h.t.Errorf("%s has the secret %q", name, out)
+		}
+		return err
+	})
+	now, err := h.client().GetSandbox(h.t.Context(), &agentv1.GetSandboxRequest{Name: name})
+	known := slices.ContainsFunc(now.GetSandbox().GetStatus().GetEndpoints(), func(e *agentv1.Endpoint) bool {
+		return e.GetAddress() == address
+	})
+	if err != nil && !interrupted(err) || err == nil && !known {
+		h.t.Errorf("%s answers at %s, and is said to at %v, %v", name, address, now.GetSandbox().GetStatus().GetEndpoints(), err)
+	}
+}
+
+// wake connects to a stopped sandbox.
+func (h *crashHost) wake(name, address string) {
+	h.t.Helper()
+	h.reach(name, address)
+	h.eventually(name+" was woken", func() error {
+		now, err := h.client().GetSandbox(h.t.Context(), &agentv1.GetSandboxRequest{Name: name})
+		if err == nil && now.GetSandbox().GetStatus().GetPhase() != agentv1.Phase_PHASE_READY {
+			err = errors.New(now.GetSandbox().GetStatus().GetPhase().String())
+		}
+		if err == nil {
+			h.note(name, "wake", true, now.GetSandbox())
+		}
+		return err
+	})
+}
+
+// removePort ends the forward of the port that the sandbox listens on.
+func (h *crashHost) removePort(name string) {
+	h.t.Helper()
+	h.insist(name+" remove port", func(ctx context.Context, id string) error {
+		_, err := agentv1.NewPortServiceClient(h.conn).RemovePort(ctx, &agentv1.RemovePortRequest{
+			Name: name, GuestPort: h.guestPort(boxNumber(name)), RequestId: id,
+		})
+		return err
+	})
+}
+
+// addPort forwards it anew and returns where it is.
+func (h *crashHost) addPort(name string) (address string) {
+	h.t.Helper()
+	h.insist(name+" add port", func(ctx context.Context, id string) error {
+		r, err := agentv1.NewPortServiceClient(h.conn).AddPort(ctx, &agentv1.AddPortRequest{
+			Name: name, Port: &agentv1.Port{Name: "again", GuestPort: h.guestPort(boxNumber(name))}, RequestId: id,
+		})
+		address = r.GetForward().GetEndpoint().GetAddress()
+		return err
+	})
+	return address
 }
 
 // TestKillAtEveryStep kills the agent, as kill -9 does, at each step of each
@@ -43,7 +128,7 @@ func TestKillAtEveryStep(t *testing.T) {
 			t.Fatal(err)
 		}
 		steps := strings.Fields(string(data))
-		if len(steps) < 15 || !slices.Contains(steps, "delete:record") {
+		if len(steps) < 15 || !slices.Contains(steps, "delete:record") || !slices.Contains(steps, "port:intent") {
 			t.Fatalf("the scenario has only the steps %v", steps)
 		}
 		nth := map[string]int{}
@@ -141,23 +226,37 @@ func (h *crashHost) model(name string) *expectation {
 	return h.expected[name]
 }
 
-// mutate asks for an operation until it is answered, under one request id, and
+// mutate has an operation done, and
 // notes what may be relied on from then on.
 func (h *crashHost) mutate(name, operation string, running bool) {
 	h.t.Helper()
+	h.insist(operation+" "+name, func(ctx context.Context, id string) error {
+		got, err := h.ask(ctx, name, operation, running, id)
+		if err == nil {
+			h.note(name, operation, running, got)
+		}
+		return err
+	})
+}
+
+// insist asks for something until it is answered, under one request id.
+func (h *crashHost) insist(what string, ask func(ctx context.Context, id string) error) {
+	h.t.Helper()
+	if err := h.try(ask); err != nil {
+		h.t.Errorf("%s: %v", what, err)
+	}
+}
+
+// try asks until it is answered, and returns what an agent that lives says.
+func (h *crashHost) try(ask func(ctx context.Context, id string) error) error {
 	id := fmt.Sprintf("%s-%d", h.t.Name(), h.requests.Add(1))
 	for deadline := time.Now().Add(2 * time.Minute); ; {
-		got, err := h.ask(h.t.Context(), name, operation, running, id)
-		switch {
-		case err == nil:
-			h.note(name, operation, running, got)
-			return
-		case !interrupted(err):
-			h.t.Errorf("%s %s: %v", operation, name, err)
-			return
-		case time.Now().After(deadline):
-			h.t.Errorf("%s %s was never answered: %v", operation, name, err)
-			return
+		err := ask(h.t.Context(), id)
+		if !interrupted(err) || h.t.Context().Err() != nil {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("never answered: %w", err)
 		}
 		h.awaitAgent()
 	}
@@ -174,7 +273,7 @@ func (h *crashHost) ask(ctx context.Context, name, operation string, running boo
 	switch client := h.client(); operation {
 	case "create":
 		r, err := client.CreateSandbox(ctx, &agentv1.CreateSandboxRequest{
-			Sandbox: &agentv1.Sandbox{Name: name, Spec: h.backend.spec()}, Start: running, RequestId: id,
+			Sandbox: &agentv1.Sandbox{Name: name, Spec: h.served(name, boxNumber(name))}, Start: running, RequestId: id,
 		})
 		return r.GetSandbox(), err
 	case "start":

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,6 +32,12 @@ type backend struct {
 	rounds     int // of random operations
 	killWithin int // milliseconds between two kills, at most
 	spec       func() *agentv1.SandboxSpec
+	// greeter is one whose workload greets whoever connects to a port inside.
+	greeter func(guestPort uint32, text string) *agentv1.SandboxSpec
+	// command is one that runs the workload's program inside, and variable one
+	// that prints a variable's value.
+	command  func(args ...string) []string
+	variable func(name string) []string
 	// driver opens the driver as the agent does.
 	driver func(h *crashHost, owner string) sandbox.Driver
 	// orphans reports what lives on the host beyond these sandboxes.
@@ -44,12 +51,15 @@ type crashHost struct {
 	dir     string
 	state   string
 	socket  string
+	ports   portRange
+	flags   []string // of the agent, besides the usual ones
 
 	requests atomic.Int64
 	crashes  atomic.Int64
 	done     chan struct{} // closed when the test ends: nothing is restarted
 	dead     chan struct{} // closed when the agent ended by itself
 	keeper   sync.WaitGroup
+	absence  sync.Mutex // while it is held no agent is started
 
 	mu       sync.Mutex
 	cmd      *exec.Cmd
@@ -66,15 +76,23 @@ func newCrashHost(t testing.TB, b backend) *crashHost {
 	}
 	h := &crashHost{
 		t: t, backend: b, dir: dir, state: filepath.Join(dir, "state"), socket: filepath.Join(dir, "s"),
-		done: make(chan struct{}), dead: make(chan struct{}), expected: map[string]*expectation{},
+		ports: takePorts(t),
+		done:  make(chan struct{}), dead: make(chan struct{}), expected: map[string]*expectation{},
 	}
-	conn, err := grpc.NewClient("unix://"+h.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+h.socket, h.dialOptions()...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	h.conn = conn
+	if err := os.WriteFile(filepath.Join(dir, "secrets.env"), []byte("SECRET="+secretValue+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(h.end)
 	return h
+}
+
+func (*crashHost) dialOptions(more ...grpc.DialOption) []grpc.DialOption {
+	return append([]grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}, more...)
 }
 
 // start starts the agent and keeps it: when it dies, the next one is started,
@@ -99,16 +117,22 @@ func (h *crashHost) start(env ...string) {
 				return
 			}
 			h.crashes.Add(1)
+			h.absence.Lock()
 			h.launch(nil)
+			h.absence.Unlock()
 		}
 	})
 	h.awaitAgent()
 }
 
 func (h *crashHost) launch(env []string) {
-	cmd := exec.Command(os.Args[0], "serve", "--config", os.DevNull,
+	args := append([]string{
+		"serve", "--config", os.DevNull,
 		"--state-dir", h.state, "--socket", h.socket, "--default-driver", h.backend.name, "--min-free-memory-mib", "1",
-		"--guestd", filepath.Join(image.GuestdDir(), "guestd"))
+		"--guestd", filepath.Join(image.GuestdDir(), "guestd"),
+		"--ports-first", strconv.Itoa(h.ports.first), "--ports-last", strconv.Itoa(h.ports.last),
+	}, h.flags...)
+	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(append(os.Environ(), agentEnv+"="+h.dir, "GORACE=atexit_sleep_ms=0"), env...)
 	log, err := os.OpenFile(filepath.Join(h.dir, "log"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -116,7 +140,7 @@ func (h *crashHost) launch(env []string) {
 		return
 	}
 	defer log.Close()
-	cmd.Stderr = log
+	cmd.Stdout, cmd.Stderr = log, log
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err := cmd.Start(); err != nil {
@@ -227,6 +251,17 @@ func processBackend() backend {
 				}}},
 			}
 		},
+		greeter: func(port uint32, text string) *agentv1.SandboxSpec {
+			spec := &agentv1.SandboxSpec{
+				Driver: process.Name, Source: &agentv1.SandboxSpec_Image{Image: self()},
+				Command: []string{greeterFlag, fmt.Sprintf("127.0.0.1:%d", port), text},
+				// Every port of the host is inside of it.
+				AutoForward: &agentv1.AutoForward{Mode: agentv1.AutoForward_MODE_OFF},
+			}
+			return listening(spec, port)
+		},
+		command:  process.Command,
+		variable: func(name string) []string { return []string{"sh", "-c", "echo $" + name} },
 		driver: func(h *crashHost, owner string) sandbox.Driver {
 			return process.New(process.Config{Root: filepath.Join(h.dir, "processes"), Owner: owner})
 		},
@@ -281,8 +316,16 @@ func podmanBackend(t testing.TB) backend {
 				}}},
 			}
 		},
-		driver:  func(h *crashHost, owner string) sandbox.Driver { return openPodman(h.t, owner) },
-		orphans: podmanOrphans,
+		greeter: func(port uint32, text string) *agentv1.SandboxSpec {
+			return listening(&agentv1.SandboxSpec{
+				Driver: "podman", Source: &agentv1.SandboxSpec_Image{Image: image.RootName},
+				Command: []string{"greet", fmt.Sprintf("127.0.0.1:%d", port), text},
+			}, port)
+		},
+		command:  func(args ...string) []string { return append([]string{"/workload"}, args...) },
+		variable: func(name string) []string { return []string{"/workload", "env", name} },
+		driver:   func(h *crashHost, owner string) sandbox.Driver { return openPodman(h.t, owner) },
+		orphans:  podmanOrphans,
 	}
 }
 

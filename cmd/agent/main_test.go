@@ -30,6 +30,8 @@ const (
 
 func TestMain(m *testing.M) {
 	process.Main()
+	greeterMain()
+	callerMain()
 	if root := os.Getenv(agentEnv); root != "" {
 		p := program{drivers: testDrivers(root), onStep: stepper(os.Getenv(killEnv), os.Getenv(stepsEnv))}
 		os.Exit(p.run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))

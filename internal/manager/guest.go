@@ -23,6 +23,8 @@ const (
 	firstCall = time.Millisecond
 	lastCall  = 20 * time.Millisecond
 	lastLink  = 5 * time.Second
+	// linkCheck is how often a guestd is greeted.
+	linkCheck = 30 * time.Second
 )
 
 // unreachableAfter is how long a guestd may not answer before that is shown.
@@ -179,27 +181,23 @@ func (m *Manager) tend(ctx context.Context, drv sandbox.Driver, e *entry, genera
 	g := m.guest(drv, e.name)
 	var silentSince time.Time
 	for pause := firstCall; ctx.Err() == nil; {
+		began := time.Now()
 		heard, err := m.listen(ctx, g, e, generation)
 		switch {
 		case ctx.Err() != nil || errors.Is(err, errStranger):
 			return
-		case errors.Is(err, sandbox.ErrUnsupported):
-			// An older guestd: there is nothing to listen to. Look in on it now
-			// and then.
-			heard, pause = true, lastLink
-		}
-		if heard {
+		case heard:
 			m.unreachable(ctx, e, nil)
 			silentSince = time.Time{}
-			pause = max(pause, firstCall)
-		} else {
-			if silentSince.IsZero() {
-				silentSince = time.Now()
-			}
-			if time.Since(silentSince) > unreachableAfter {
-				m.unreachable(ctx, e, err)
-			}
-			pause = min(2*pause, lastLink)
+		case silentSince.IsZero():
+			silentSince = began
+		}
+		if !silentSince.IsZero() && time.Since(silentSince) > unreachableAfter {
+			m.unreachable(ctx, e, err)
+		}
+		// However soon it hangs up, it is not called all the time.
+		if pause = min(2*pause, lastLink); time.Since(began) > lastLink {
+			pause = firstCall
 		}
 		select {
 		case <-time.After(pause):
@@ -227,14 +225,20 @@ func (m *Manager) listen(ctx context.Context, g *guest.Guest, e *entry, generati
 			m.see(e, func(s *Sandbox) { s.GuestdVersion = info.Version })
 		}
 	})
-	if e.snap.Load().Spec.AutoForward.Mode == sandbox.AutoForwardOff {
-		// Nothing to see; the end of the life ends ctx.
-		<-ctx.Done()
-		return true, ctx.Err()
+	// Greeted again now and then, for one that hangs does not hang up.
+	bounded, cancel := context.WithTimeout(ctx, linkCheck)
+	defer cancel()
+	if e.snap.Load().Spec.AutoForward.Mode != sandbox.AutoForwardOff {
+		err = g.WatchPorts(bounded, func(listeners []guest.Listener) {
+			m.whileOpen(ctx, e, func() { m.seeListeners(e, listeners) })
+		})
+		if !errors.Is(err, sandbox.ErrUnsupported) {
+			return true, err
+		}
+		// An older guestd. It goes without.
 	}
-	return true, g.WatchPorts(ctx, func(listeners []guest.Listener) {
-		m.whileOpen(ctx, e, func() { m.seeListeners(e, listeners) })
-	})
+	<-bounded.Done()
+	return true, bounded.Err()
 }
 
 // whileOpen does something under the operation lock, unless ctx ends first.

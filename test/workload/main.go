@@ -102,6 +102,7 @@ func commands() []command {
 		{"limits", "print memory.max, pids.max and cpu.max of this cgroup, as KEY=VALUE", 0, 0, limits},
 		{"mounts", "print TARGET TYPE OPTIONS of each mount", 0, 0, mounts},
 		{"listen HOST:PORT", "accept and echo TCP connections", 1, 1, listen},
+		{"greet HOST:PORT TEXT", "accept TCP connections, send each the line TEXT, then echo", 2, 2, greet},
 		{"connect HOST:PORT", "end with 0 if a TCP connection succeeds, else 1", 1, 1, connect},
 		{"guest-echo DIR PORT", "accept and echo connections to the socket DIR/PORT.sock", 2, 2, guestEcho},
 		{"guest-wedge DIR PORT", "listen on the socket DIR/PORT.sock and never accept", 2, 2, guestWedge},

@@ -181,3 +181,24 @@ func TestGuestEchoEchoesAndReplacesAStaleSocket(t *testing.T) {
 		t.Errorf("status %d, want 0", status)
 	}
 }
+
+func TestGreetSaysItsTextAndEchoes(t *testing.T) {
+	t.Parallel()
+	line, stop := launch(t, "greet", "127.0.0.1:0", "I am web")
+	defer stop()
+	var d net.Dialer
+	c, err := d.DialContext(t.Context(), "tcp", strings.TrimPrefix(line, "listening on "))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := io.WriteString(c, "ping"); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(c); err != nil || string(b) != "I am web\nping" {
+		t.Errorf("got %q, %v", b, err)
+	}
+}

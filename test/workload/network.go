@@ -18,7 +18,16 @@ func listen(ctx context.Context, s streams, args []string) error {
 	if err != nil {
 		return err
 	}
-	return echo(ctx, s, l)
+	return echo(ctx, s, l, "")
+}
+
+func greet(ctx context.Context, s streams, args []string) error {
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", args[0])
+	if err != nil {
+		return err
+	}
+	return echo(ctx, s, l, args[1]+"\n")
 }
 
 func connect(ctx context.Context, _ streams, args []string) error {
@@ -35,7 +44,7 @@ func guestEcho(ctx context.Context, s streams, args []string) error {
 	if err != nil {
 		return err
 	}
-	return echo(ctx, s, l)
+	return echo(ctx, s, l, "")
 }
 
 // guestWedge listens and never accepts: the first connection waits for ever,
@@ -79,10 +88,10 @@ func guestListen(ctx context.Context, dir, port string) (net.Listener, error) {
 	return l, nil
 }
 
-// echo sends back what comes in on each connection to l, and with the end of
-// the incoming stream ends the outgoing one. It closes l and returns nil when
-// ctx ends; open connections end with the process.
-func echo(ctx context.Context, s streams, l net.Listener) error {
+// echo sends a greeting and then what comes in back on each connection to l,
+// and with the end of the incoming stream ends the outgoing one. It closes l and
+// returns nil when ctx ends; open connections end with the process.
+func echo(ctx context.Context, s streams, l net.Listener, greeting string) error {
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 	fmt.Fprintln(s.stdout, "listening on", l.Addr())
 	for {
@@ -95,6 +104,7 @@ func echo(ctx context.Context, s streams, l net.Listener) error {
 		}
 		go func() {
 			defer c.Close()
+			_, _ = io.WriteString(c, greeting)
 			_, _ = io.Copy(c, c) // a peer that hangs up is no error of ours
 		}()
 	}
