@@ -273,7 +273,7 @@ func (f *Forwarder) end(sandbox string, generation uint64) []carrier {
 	return past
 }
 
-// OpenConnections counts the and flows of a sandbox, those that wait included.
+// OpenConnections counts the connections and flows of a sandbox, those that wait included.
 func (f *Forwarder) OpenConnections(sandbox string) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
