@@ -42,7 +42,7 @@ func scenario(h *crashHost, name string) {
 	h.mutate(name, "delete", false)
 	for _, address := range []string{first, second} {
 		if said, err := call(h.t.Context(), address); !errors.Is(err, syscall.ECONNREFUSED) {
-			h.t.Errorf("the deleted sandbox's %s says %q, %v", address, said, err)
+			h.t.Errorf("after %s was deleted %s says %q, %v", name, address, said, err)
 		}
 	}
 }

@@ -29,7 +29,7 @@ func (d *Driver) Dial(ctx context.Context, ref sandbox.Ref, port uint32) (net.Co
 	}
 	conn, err := dialPatiently(ctx, filepath.Join(ref.Dir, "guest"), strconv.FormatUint(uint64(port), 10)+".sock")
 	if err == nil && port == wire.Port {
-		if err = checkFirst(conn); err != nil {
+		if err = checkFirst(conn, d.own); err != nil {
 			conn.Close()
 		}
 	}

@@ -91,6 +91,7 @@ type Driver struct {
 	conn     atomic.Pointer[connection] // the last that worked, or nil
 	host     atomic.Pointer[hostFacts]  // what Podman last told of the host, or nil
 	accounts accountCache
+	own      func() ([]int, error) // this process's numbers in its pid namespaces
 	ends     endWatcher
 
 	// background are the calls that go on after their caller has left.
@@ -105,7 +106,7 @@ func New(cfg Config) (*Driver, error) {
 	if !ownerPattern.MatchString(cfg.Owner) {
 		return nil, fmt.Errorf("owner %q is not eight hexadecimal digits", cfg.Owner)
 	}
-	d := &Driver{cfg: cfg, uid: os.Getuid()}
+	d := &Driver{cfg: cfg, uid: os.Getuid(), own: sync.OnceValues(ownNumbers)}
 	d.ends.init(d)
 	return d, nil
 }

@@ -21,7 +21,9 @@ import (
 // Who listens is whoever called listen(2), see SO_PEERCRED in unix(7), and not
 // who has the descriptor now. The numbers that it has in the namespaces, one
 // each and the outermost first, are the line NSpid of proc_pid_status(5).
-func checkFirst(conn net.Conn) error {
+//
+// own returns this process's numbers, which never change; see ownNumbers.
+func checkFirst(conn net.Conn, own func() ([]int, error)) error {
 	peer, err := peerNumbers(conn)
 	if err != nil {
 		// Kernels differ in what they say of one that listened and is gone.
@@ -30,15 +32,18 @@ func checkFirst(conn net.Conn) error {
 		}
 		return fmt.Errorf("find out who listens there: %w", err)
 	}
-	own, err := numbersIn("/proc/self/status")
+	self, err := own()
 	if err != nil {
 		return err
 	}
-	if !isFirst(own, peer) {
+	if !isFirst(self, peer) {
 		return errNotFirst
 	}
 	return nil
 }
+
+// ownNumbers returns the numbers of this process.
+func ownNumbers() ([]int, error) { return numbersIn("/proc/self/status") }
 
 // isFirst reports whether a process with the given numbers is the first of a
 // namespace directly below that of a process with own.

@@ -21,11 +21,12 @@ import (
 // either way, and each Read and Write of a UDP one is a datagram.
 func (g *Guest) Connect(ctx context.Context, port uint16, udp bool) (net.Conn, error) {
 	op := fmt.Sprintf("connect to port %d of", port)
-	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	caller := ctx
+	ctx, cancel := context.WithTimeout(caller, answerLimit)
 	defer cancel()
 	raw, err := g.dial(ctx)
 	if err != nil {
-		return nil, err
+		return nil, g.late(caller, ctx, op, err)
 	}
 	conn := wire.New(raw, wire.MaxFromGuest)
 	unbind := conn.Bind(ctx)

@@ -269,7 +269,7 @@ func (g *Guest) open(ctx context.Context, op string, request *guestv1.Request) (
 	defer cancel()
 	conn, err := g.begin(bounded, op, request)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, g.late(ctx, bounded, op, err)
 	}
 	unbind := conn.Bind(bounded)
 	response, err := g.answer(ctx, conn, op)
@@ -283,6 +283,14 @@ func (g *Guest) open(ctx context.Context, op string, request *guestv1.Request) (
 		return nil, nil, g.broken(ctx, op, err)
 	}
 	return conn, response, nil
+}
+
+// late is err, or if that is of a guest that took too long to be reached: so.
+func (g *Guest) late(ctx, bounded context.Context, op string, err error) error {
+	if ctx.Err() == nil && (bounded.Err() != nil || errors.Is(err, os.ErrDeadlineExceeded)) {
+		return g.odd(op, "it gives no answer")
+	}
+	return err
 }
 
 // begin dials and asks.

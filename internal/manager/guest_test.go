@@ -200,7 +200,7 @@ func TestPortsAddedAndRemoved(t *testing.T) {
 	// A record written before the agent died is enough.
 	h.restart()
 	conn, _ := greeted(t, address)
-	if err := h.m.RemovePort(t.Context(), "web", port.GuestPort, false, false); err != nil {
+	if err := h.m.RemovePort(t.Context(), "web", port.GuestPort, false, false, Request{}); err != nil {
 		t.Fatal(err)
 	}
 	if n, err := conn.Read(make([]byte, 1)); err == nil {
@@ -210,7 +210,7 @@ func TestPortsAddedAndRemoved(t *testing.T) {
 		conn.Close()
 		t.Error("something listens after the forward was removed")
 	}
-	if err := h.m.RemovePort(t.Context(), "web", port.GuestPort, false, false); !errors.Is(err, sandbox.ErrNotFound) {
+	if err := h.m.RemovePort(t.Context(), "web", port.GuestPort, false, false, Request{}); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Errorf("removed again: %v", err)
 	}
 	if s := h.get("web"); len(s.Endpoints) != 0 || len(s.Spec.Ports) != 0 {

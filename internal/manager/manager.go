@@ -132,10 +132,18 @@ func Open(cfg Config) (*Manager, error) {
 		m.publish(e, func(s *Sandbox) { s.Phase = PhaseUnknown })
 	}
 	// At once, so that clients wait for their sandbox instead of being refused.
+	var deleted []store.Record
 	for _, rec := range records {
+		if rec.Desired == store.DesiredDeleted {
+			deleted = append(deleted, rec)
+			continue
+		}
 		m.openPorts(rec.Name, rec.Leases)
 	}
 	m.forward.DropUnclaimed()
+	for _, rec := range deleted {
+		m.holdPorts(rec.Name, rec.Leases)
+	}
 	return m, nil
 }
 

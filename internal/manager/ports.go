@@ -86,6 +86,16 @@ func (m *Manager) openPorts(name string, leases []store.Lease) {
 	}
 }
 
+// holdPorts keeps the ports of a sandbox that is being deleted from others,
+// and listens on none.
+func (m *Manager) holdPorts(name string, leases []store.Lease) {
+	for _, l := range leases {
+		if _, err := m.forward.Reserve([]forward.Lease{forwardLease(name, l)}, specPort); err != nil {
+			m.log.Warn("port not held", "sandbox", name, "port", l.HostPort, "err", err)
+		}
+	}
+}
+
 // settlePorts listens on leases that were just recorded. A leased number that
 // another program took in between is given up for another: nobody knows of it
 // yet. It needs the operation lock.
@@ -253,7 +263,7 @@ func (m *Manager) addPort(e *entry, port sandbox.Port, auto bool) error {
 }
 
 // RemovePort ends a forward, and what is open through it.
-func (m *Manager) RemovePort(ctx context.Context, name string, guestPort uint16, udp, allowMissing bool) error {
+func (m *Manager) RemovePort(ctx context.Context, name string, guestPort uint16, udp, allowMissing bool, req Request) error {
 	e, err := m.find(name)
 	if err != nil {
 		return err
@@ -265,13 +275,15 @@ func (m *Manager) RemovePort(ctx context.Context, name string, guestPort uint16,
 		defer e.unlock()
 		i := slices.IndexFunc(e.rec.Leases, func(l store.Lease) bool { return l.GuestPort == guestPort && l.UDP == udp })
 		switch {
-		case i < 0 && allowMissing:
+		case i < 0 && (allowMissing || req.ID != "" && e.rec.Unforwarded == req):
 			return nil
 		case i < 0:
 			return fmt.Errorf("forward of port %d of %s: %w", guestPort, name, sandbox.ErrNotFound)
 		}
 		gone := e.rec.Leases[i]
+		m.step("port:remove")
 		err := m.put(e, func(r *store.Record) {
+			r.Unforwarded = req
 			r.Leases = slices.Delete(slices.Clone(r.Leases), i, i+1)
 			r.Spec = r.Spec.Clone()
 			r.Spec.Ports = slices.DeleteFunc(r.Spec.Ports, func(p sandbox.Port) bool {
@@ -282,6 +294,7 @@ func (m *Manager) RemovePort(ctx context.Context, name string, guestPort uint16,
 		if err != nil {
 			return fmt.Errorf("remove the forward of port %d of %s: %w", guestPort, name, err)
 		}
+		m.step("port:removed")
 		m.forward.Release(forwardLease(name, gone))
 		m.log.Info("port not forwarded any more", "sandbox", name, "guest_port", guestPort, "host_port", gone.HostPort)
 		return nil

@@ -46,8 +46,8 @@ func (s *portService) RemovePort(ctx context.Context, req *agentv1.RemovePortReq
 		return nil, err
 	}
 	return once(ctx, s.manager, req.GetRequestId(), req,
-		func(ctx context.Context, _ manager.Request) (*agentv1.RemovePortResponse, error) {
-			if err := s.manager.RemovePort(ctx, req.GetName(), port, udp, req.GetAllowMissing()); err != nil {
+		func(ctx context.Context, request manager.Request) (*agentv1.RemovePortResponse, error) {
+			if err := s.manager.RemovePort(ctx, req.GetName(), port, udp, req.GetAllowMissing(), request); err != nil {
 				return nil, err
 			}
 			return &agentv1.RemovePortResponse{}, nil

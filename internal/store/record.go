@@ -61,10 +61,12 @@ type Record struct {
 	Grace time.Duration `json:"grace_ns,omitempty"`
 
 	// Requests are the identified requests behind the creation, the last
-	// restart and the deletion, so that a retry after a crash recognises them.
-	Created   Request `json:"created_by,omitzero"`
-	Restarted Request `json:"restarted_by,omitzero"`
-	Deleted   Request `json:"deleted_by,omitzero"`
+	// restart, the last removal of a forward and the deletion, so that a retry
+	// after a crash recognises them.
+	Created     Request `json:"created_by,omitzero"`
+	Restarted   Request `json:"restarted_by,omitzero"`
+	Unforwarded Request `json:"unforwarded_by,omitzero"`
+	Deleted     Request `json:"deleted_by,omitzero"`
 
 	CreatedAt time.Time `json:"created_at"`
 	UpdatedAt time.Time `json:"updated_at"`
