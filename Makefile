@@ -55,7 +55,7 @@ test: go-present images env ## run every test, on real podman
 	$(GO) test $(RACE) -tags "$(TAGS)" -exec "$(ENV) exec" -timeout 20m ./...
 
 .PHONY: test-host
-test-host: build ## test limits on a whole systemd host under QEMU
+test-host: build ## test limits, and restarts under systemd, on a whole host under QEMU
 	@test/env/host-test
 
 .PHONY: fuzz

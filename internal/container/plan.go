@@ -319,16 +319,20 @@ func bindMount(source, target string, options ...string) specs.Mount {
 // cpuPeriodMicros is the time over which a share of the CPU is measured out.
 const cpuPeriodMicros uint64 = 100_000
 
+// cpuQuota is so much of a CPU in the runtime's terms.
+func cpuQuota(millis uint32) *specs.LinuxCPU {
+	period, quota := cpuPeriodMicros, int64(millis)*int64(cpuPeriodMicros)/1000
+	return &specs.LinuxCPU{Period: &period, Quota: &quota}
+}
+
 // resources writes limits in the runtime's terms, each one of those that can be
-// enforced: a zero lifts it.
+// enforced: a zero lifts it. No limit on CPU is to say nothing: under systemd's
+// cgroup manager a quota of -1 becomes one of a hundredth of a CPU (seen with
+// Podman 5.4, crun 1.21 and systemd 257).
 func resources(r sandbox.Resources, enforced sandbox.Limits) *specs.LinuxResources {
 	limits := new(specs.LinuxResources)
-	if enforced.CPU {
-		period, quota := cpuPeriodMicros, int64(-1)
-		if r.CPUMillis > 0 {
-			quota = int64(r.CPUMillis) * int64(period) / 1000
-		}
-		limits.CPU = &specs.LinuxCPU{Period: &period, Quota: &quota}
+	if enforced.CPU && r.CPUMillis > 0 {
+		limits.CPU = cpuQuota(r.CPUMillis)
 	}
 	if enforced.Memory {
 		memory := int64(-1)
