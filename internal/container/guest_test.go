@@ -287,3 +287,33 @@ func TestExitCodeIsTheWorkloads(t *testing.T) {
 		t.Errorf("guestd was killed: %+v, %v", o, err)
 	}
 }
+
+func TestExecAsAnotherUserNeedsTheCapabilities(t *testing.T) {
+	t.Parallel()
+	d := backend(t)
+	b := newBox(t, d)
+	b.start(program(image.RootName, "sleep"))
+	as := guest.Command{Args: []string{"/workload", "id"}, User: "1000:1001", NoInput: true}
+	if _, err := b.guest().Exec(t.Context(), as); !errors.Is(err, sandbox.ErrDenied) || !strings.Contains(err.Error(), "SETUID") {
+		t.Errorf("without: %v", err)
+	}
+	b = newBox(t, d)
+	spec := program(image.RootName, "sleep")
+	spec.DriverOptions = json.RawMessage(`{"cap_add":["SETUID","SETGID"]}`)
+	b.start(spec)
+	exec, err := b.guest().Exec(t.Context(), as)
+	b.must("Exec", err)
+	defer exec.Close()
+	var text strings.Builder
+	for {
+		out, err := exec.Receive()
+		b.must("Receive", err)
+		text.Write(out.Data)
+		if out.Exit != nil {
+			break
+		}
+	}
+	if got := values(text.String()); got["uid"] != "1000" || got["gid"] != "1001" || got["CapEff"] != "0000000000000000" {
+		t.Errorf("it runs as %v", got)
+	}
+}

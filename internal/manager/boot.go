@@ -129,6 +129,13 @@ func (m *Manager) boot(ctx context.Context, e *entry, from origin) error {
 		}
 	}
 	e.admitted.Store(true)
+	if e.rec.Pending != store.PendingBoot {
+		// Somebody started it, and no boot of this agent's has the number of
+		// that life.
+		if err := m.newLife(e); err != nil {
+			return err
+		}
+	}
 	if err := m.awaitReady(ctx, drv, e, secretValues(set)); err != nil {
 		return m.bootFailed(ctx, drv, e, from, err)
 	}

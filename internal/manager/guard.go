@@ -74,16 +74,21 @@ func (m *Manager) renew(e *entry) {
 	e.unguard()
 	m.forward.CutOff(e.name, e.rec.Generation)
 	e.admitted.Store(true)
-	err := m.put(e, func(r *store.Record) {
-		r.Pending, r.HostBoot = store.PendingBoot, m.hostBoot
-		r.Generation++
-	}, nil)
-	if err != nil {
+	if err := m.newLife(e); err != nil {
 		m.log.Error("record not written", "sandbox", e.name, "err", err)
 		m.retryLater(e)
 		return
 	}
 	m.bootLater(e)
+}
+
+// newLife notes durably that what runs is a life of its own, to be brought up.
+func (m *Manager) newLife(e *entry) error {
+	return m.put(e, func(r *store.Record) {
+		r.Desired, r.Pending, r.HostBoot = store.DesiredRunning, store.PendingBoot, m.hostBoot
+		r.Generation++
+		r.Reason, r.Failure = "", ""
+	}, nil)
 }
 
 // ended acts on a workload that ended by itself: start it again if the restart
