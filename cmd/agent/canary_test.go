@@ -255,6 +255,8 @@ func TestCanarySecretIsNowhere(t *testing.T) {
 		h.delete("web")
 		askEverything(t, h, w, metrics)
 		lookOnDisk(t, h, w)
+		cancel()
+		watch.Wait()
 		if w.heard < 100 {
 			t.Errorf("only %d things were looked at", w.heard)
 		}

@@ -114,9 +114,9 @@ func TestPortIsNeverAnothersTooEarly(t *testing.T) {
 		h := newCrashHost(t, b)
 		h.ports.last = h.ports.first + ports - 1
 		h.start()
-		seconds, least := 6, 15
+		seconds, least := 8, 6 // a slow machine under the race detector makes that many
 		if b.name == "podman" {
-			seconds, least = 9, 6
+			seconds, least = 10, 4
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(seconds)*time.Second)
 		defer cancel()

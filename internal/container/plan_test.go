@@ -137,7 +137,7 @@ func TestResourcesLiftWhatIsZero(t *testing.T) {
 	t.Parallel()
 	all := sandbox.Limits{CPU: true, Memory: true, Pids: true}
 	r := resources(sandbox.Resources{}, all)
-	if *r.CPU.Quota != -1 || *r.Memory.Limit != -1 || *r.Memory.Swap != -1 || r.Pids.Limit != -1 {
+	if r.CPU != nil || *r.Memory.Limit != -1 || *r.Memory.Swap != -1 || r.Pids.Limit != -1 {
 		t.Errorf("no limits became %+v %+v %+v", r.CPU, r.Memory, r.Pids)
 	}
 	r = resources(sandbox.Resources{CPUMillis: 10, MemoryMiB: 64 << 20, Pids: 2}, all)

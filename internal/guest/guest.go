@@ -287,7 +287,7 @@ func (g *Guest) open(ctx context.Context, op string, request *guestv1.Request) (
 
 // late is err, or if that is of a guest that took too long to be reached: so.
 func (g *Guest) late(ctx, bounded context.Context, op string, err error) error {
-	if ctx.Err() == nil && (bounded.Err() != nil || errors.Is(err, os.ErrDeadlineExceeded)) {
+	if ctx.Err() == nil && (bounded.Err() != nil || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)) {
 		return g.odd(op, "it gives no answer")
 	}
 	return err

@@ -135,11 +135,13 @@ func feed(stream agentv1.ExecService_ExecServer, exec *guest.Exec, detached *ato
 			}
 			err = exec.Signal(number)
 		case *agentv1.ExecRequest_Detach:
+			// First, for guestd hangs up as soon as it is told.
+			detached.Store(true)
 			if err = exec.Detach(); err == nil {
-				detached.Store(true)
 				exec.Close()
 				return nil
 			}
+			detached.Store(false)
 		default:
 			return sandbox.Invalidf("message", "is none of stdin, resize, signal and detach")
 		}

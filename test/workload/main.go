@@ -25,8 +25,12 @@ func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 // run runs the subcommand args[0] and returns its exit status.
 func run(args []string, stdout, stderr io.Writer) int {
 	// Even as PID 1, for whom the kernel drops signals that have no handler.
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
+	// To the end: one that comes twice is not to kill it on its way out.
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGTERM, syscall.SIGINT)
+	go func() { <-asked; cancel() }()
 	return runContext(ctx, args, stdout, stderr)
 }
 

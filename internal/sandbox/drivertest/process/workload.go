@@ -19,8 +19,12 @@ import (
 // drivertest uses: see there for what they do. The suite is run on both, so
 // they cannot come apart unnoticed.
 func runWorkload(args []string, stdout, stderr io.Writer) int {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
+	// Handled to the end: one that comes twice is not to kill it on its way out.
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGTERM, syscall.SIGINT)
+	go func() { <-asked; cancel() }()
 	code, err := workload(ctx, args, stdout, stderr)
 	if err != nil {
 		fmt.Fprintf(stderr, "workload %s: %v\n", strings.Join(args, " "), err)
