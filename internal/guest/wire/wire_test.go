@@ -202,7 +202,7 @@ func FuzzReceive(f *testing.F) {
 			if err != nil {
 				break
 			}
-			if len(payload) > limit || kind > KindStderr {
+			if len(payload) > limit || kind > KindEvent {
 				t.Fatalf("a frame of kind %d with %d bytes", kind, len(payload))
 			}
 			if want := input[taken+headerSize : taken+headerSize+len(payload)]; !bytes.Equal(payload, want) {
