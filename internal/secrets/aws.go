@@ -86,7 +86,7 @@ func (r *Resolver) fetchAWS(ctx context.Context, id string) (document, error) {
 		return nil, unavailablef("the AWS configuration cannot be loaded: check the profile in the agent's configuration and ~/.aws")
 	}
 	if loaded.Region == "" && r.cfg.AWS.Endpoint == "" {
-		return nil, unavailablef("no AWS region is configured: set secrets.aws.region in the agent's configuration")
+		return nil, unavailablef("no AWS region is configured: set secrets.aws_region in the agent's configuration")
 	}
 	client := secretsmanager.NewFromConfig(loaded, func(o *secretsmanager.Options) {
 		// Not sooner: of another client's than its own the SDK cannot change

@@ -95,7 +95,7 @@ func New(cfg Config) (*Resolver, error) {
 		r.files.roots = append(r.files.roots, resolved)
 	}
 	if !safeEndpoint(cfg.AWS.Endpoint) {
-		return nil, sandbox.Invalidf("secrets.aws.endpoint", "%q is not an https:// address, nor http:// on loopback", cfg.AWS.Endpoint)
+		return nil, sandbox.Invalidf("secrets.aws_endpoint", "%q is not an https:// address, nor http:// on loopback", cfg.AWS.Endpoint)
 	}
 	_, _ = rand.Read(r.versionKey[:]) // never fails, see crypto/rand
 	return r, nil

@@ -119,7 +119,7 @@ func TestNewNamesTheField(t *testing.T) {
 		"secrets.credentials_dir": {CredentialsDir: "x"},
 		"secrets.age_identities":  {AgeIdentities: "x"},
 		"secrets.roots[0]":        {Roots: []string{"/does/not/exist"}},
-		"secrets.aws.endpoint":    {AWS: AWSConfig{Endpoint: "http://example.com"}},
+		"secrets.aws_endpoint":    {AWS: AWSConfig{Endpoint: "http://example.com"}},
 	} {
 		_, err := New(cfg)
 		if field, ok := errors.AsType[*sandbox.FieldError](err); !ok || field.Field != want {
