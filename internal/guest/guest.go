@@ -244,14 +244,6 @@ func (g *Guest) WatchStats(ctx context.Context, interval time.Duration, see func
 	}
 }
 
-// SetTime sets the guest's clock to this host's.
-func (g *Guest) SetTime(ctx context.Context) error {
-	_, err := g.ask(ctx, "set the clock of", &guestv1.Request{Call: &guestv1.Request_SetTime{
-		SetTime: &guestv1.SetTime{Time: timestamppb.Now()},
-	}})
-	return err
-}
-
 // ask is a call that is one answer.
 func (g *Guest) ask(ctx context.Context, op string, request *guestv1.Request) (*guestv1.Response, error) {
 	conn, resp, err := g.open(ctx, op, request)

@@ -333,8 +333,8 @@ func passes(err error) bool {
 // whatever the record and the last exit say.
 func (m *Manager) refuse(e *entry, err error) {
 	m.settle(e)
-	if e.rec.Pending != store.PendingNone {
-		// A create with start, or a restart, that got no further.
+	if e.rec.Pending != store.PendingNone || e.rec.Desired == store.DesiredRunning {
+		// A create with start, or a restart, also by policy, that got no further.
 		putErr := m.put(e, func(r *store.Record) {
 			r.Desired, r.Pending, r.Failure = store.DesiredStopped, store.PendingNone, err.Error()
 		}, enter(PhaseFailed, "REFUSED", err.Error()))

@@ -578,3 +578,20 @@ func TestPortThatIsTakenAtTheLastMomentIsReplaced(t *testing.T) {
 	}
 	greeted(t, s.Endpoints[0].Address.String())
 }
+
+func TestRestartWithoutItsSecretIsAFailureThatIsShown(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, resolver(t))
+	file := envFile(t, "SECRET=x\n")
+	spec := process.Spec("exit", "1", "300ms")
+	spec.Secrets = []sandbox.SecretRef{{Name: "SECRET", Source: "env-file:" + file}}
+	spec.Restart = sandbox.RestartPolicy{Mode: sandbox.RestartAlways, InitialBackoff: 10 * time.Millisecond}
+	h.create("job", spec)
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	s := h.await("job", "given up", inPhase(PhaseFailed))
+	if s.Reason != "REFUSED" || s.Desired != DesiredStopped || !strings.Contains(s.Message, "SECRET") {
+		t.Errorf("%s, meant to be %s: %s", s.Reason, s.Desired, s.Message)
+	}
+}

@@ -188,26 +188,34 @@ func (s *fileService) WriteFile(stream agentv1.FileService_WriteFileServer) erro
 		return err
 	}
 	defer upload.Close()
-	for {
+	_, size, err := uploaded(upload, func() ([]byte, bool, error) {
 		req, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		if req.GetHeader() != nil {
-			return sandbox.Invalidf("header", "came twice")
-		}
-		if _, err := upload.Write(req.GetData()); err != nil {
-			return err
-		}
-	}
-	_, size, err := upload.Finish()
+		return req.GetData(), req.GetHeader() != nil, err
+	})
 	if err != nil {
 		return err
 	}
 	return stream.SendAndClose(&agentv1.WriteFileResponse{SizeBytes: size})
+}
+
+// uploaded passes on what comes up to the end of a stream. receive returns the
+// next request's data, and whether it has a header, as only the first may.
+func uploaded(to *guest.Upload, receive func() (data []byte, header bool, err error)) (files, size uint64, err error) {
+	for {
+		data, header, err := receive()
+		if errors.Is(err, io.EOF) {
+			return to.Finish()
+		}
+		if err == nil && header {
+			err = sandbox.Invalidf("header", "came twice")
+		}
+		if err == nil {
+			_, err = to.Write(data)
+		}
+		if err != nil {
+			return 0, 0, err
+		}
+	}
 }
 
 func (s *fileService) UploadArchive(stream agentv1.FileService_UploadArchiveServer) error {
@@ -233,22 +241,10 @@ func (s *fileService) UploadArchive(stream agentv1.FileService_UploadArchiveServ
 		return err
 	}
 	defer upload.Close()
-	for {
+	files, size, err := uploaded(upload, func() ([]byte, bool, error) {
 		req, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		if req.GetHeader() != nil {
-			return sandbox.Invalidf("header", "came twice")
-		}
-		if _, err := upload.Write(req.GetData()); err != nil {
-			return err
-		}
-	}
-	files, size, err := upload.Finish()
+		return req.GetData(), req.GetHeader() != nil, err
+	})
 	if err != nil {
 		return err
 	}
