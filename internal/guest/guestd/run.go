@@ -105,8 +105,10 @@ func run(o options) (int, error) {
 		return exitFault, err
 	}
 	signals := make(chan os.Signal, 64)
+	// Never undone: to give the signals their default action back would let
+	// one that comes between run's end and the process's replace the
+	// workload's exit code with its own.
 	signal.Notify(signals, forwarded()...)
-	defer signal.Stop(signals)
 
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()

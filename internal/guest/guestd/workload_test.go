@@ -226,6 +226,31 @@ func lines(t testing.TB, r *os.File) func() string {
 	}
 }
 
+// A signal that comes while guestd is on its way out is too late to change how
+// the workload ended.
+func TestSignalsInTheEndChangeNoExitCode(t *testing.T) {
+	t.Parallel()
+	for range 20 {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		g := boot(t, func(cmd *exec.Cmd) { cmd.Stdout = w }, "sh", "-c", "trap '' TERM; echo ready; sleep 0.02")
+		w.Close()
+		g.configure(&guestv1.Configure{})
+		if got := lines(t, r)(); got != "ready" {
+			t.Fatal(got)
+		}
+		for len(g.code) == 0 {
+			_ = g.cmd.Process.Signal(unix.SIGTERM)
+		}
+		if code := g.exits(); code != 0 {
+			t.Fatalf("exit %d, want 0", code)
+		}
+	}
+}
+
 func TestStopIsPromptAndKillsWhatIsLeft(t *testing.T) {
 	t.Parallel()
 	g := configured(t, sleeper()...)
