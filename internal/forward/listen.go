@@ -158,6 +158,9 @@ func (l *lease) bind(at netip.AddrPort) (socket, error) {
 		}
 	}
 	var config net.ListenConfig
+	if at.Addr().IsLoopback() {
+		config.KeepAlive = -1 // of no use within one machine
+	}
 	family := "6"
 	if at.Addr().Is4() {
 		family = "4"

@@ -24,6 +24,10 @@ type connection struct {
 	once      sync.Once
 }
 
+// watchAfter is how long the sandbox may take for a connection before the
+// client is watched: nearly all are there much sooner.
+const watchAfter = 2 * time.Millisecond
+
 // accept serves a listener until it is closed.
 func (l *lease) accept(listener *net.TCPListener) error {
 	pause := firstPause
@@ -68,22 +72,26 @@ func (c *connection) connect() {
 	l.f.cfg.Backend.Active(l.Sandbox)
 	ctx, cancel := context.WithCancelCause(l.ctx)
 	watched := make(chan struct{})
-	go func() {
+	watch := time.AfterFunc(watchAfter, func() {
 		defer close(watched)
 		if c.awaitLeave(ctx) {
 			cancel(errLeft)
 		}
-	}()
+	})
 	conn, generation, err := l.f.cfg.Backend.Connect(ctx, l.Sandbox, l.GuestPort, false)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
 	}
 	cancel(nil)
-	c.client.wake()
-	<-watched
+	var unwoken error
+	if !watch.Stop() {
+		c.client.wake()
+		<-watched
+		unwoken = c.client.conn.SetReadDeadline(time.Time{})
+	}
 	if err == nil {
 		c.guest = newSide(conn)
-		err = c.client.conn.SetReadDeadline(time.Time{})
+		err = unwoken
 	}
 	if err := l.connected(c, generation, err); err != nil {
 		c.abort()

@@ -59,11 +59,13 @@ func (g *Guest) connect(ctx context.Context, conn *wire.Conn, op string, call *g
 		return conn.NetConn(), nil
 	}
 	var response guestv1.Response
-	file, err := conn.ReceiveDescriptor(&response)
+	fds, err := conn.ReceiveDescriptors(&response, 1)
 	if err != nil {
 		return nil, g.broken(ctx, op, err)
 	}
-	if file != nil {
+	var file *os.File
+	if len(fds) > 0 {
+		file = os.NewFile(uintptr(fds[0]), "passed")
 		defer file.Close()
 	}
 	switch failure := response.GetFailure(); {

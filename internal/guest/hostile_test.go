@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -116,6 +117,11 @@ func calls(g *Guest) map[string]func(ctx context.Context) error {
 				}
 			}
 		},
+		"LendSockets": func(ctx context.Context) error {
+			lent, err := g.LendSockets(ctx, MaxSockets)
+			closeSockets(lent)
+			return err
+		},
 		"Connect": func(ctx context.Context) error {
 			conn, err := g.Connect(ctx, 80, false)
 			if err == nil {
@@ -203,59 +209,234 @@ func TestFloodOfAGuestIsBounded(t *testing.T) {
 	}
 }
 
-func TestOnlyTheConnectionThatWasAskedForIsAdopted(t *testing.T) {
-	t.Parallel()
+// lies are descriptors of other things than a guest was asked for.
+func lies(t *testing.T) map[string][]int {
+	t.Helper()
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tcp.Close()
+	t.Cleanup(func() { tcp.Close() })
 	udp, err := net.Dial("udp", "127.0.0.1:9")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer udp.Close()
+	t.Cleanup(func() { udp.Close() })
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
 	if err != nil {
 		t.Fatal(err)
-	}
-	for _, fd := range pair {
-		defer unix.Close(fd)
 	}
 	file, err := os.Open("/proc/self/status")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer file.Close()
-	raw := func(c syscall.Conn) (fd int) {
-		control, err := c.SyscallConn()
-		if err == nil {
-			err = control.Control(func(f uintptr) { fd = int(f) })
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		return fd
+	t.Cleanup(func() {
+		unix.Close(pair[0])
+		unix.Close(pair[1])
+		file.Close()
+	})
+	return map[string][]int{
+		"a file": {int(file.Fd())}, "a unix socket": {pair[0]}, "a listening socket": {number(t, tcp.(*net.TCPListener))},
+		"a UDP socket": {number(t, udp.(*net.UDPConn))}, "nothing": nil, "two, the first wrong": {pair[0], number(t, udp.(*net.UDPConn))},
 	}
-	for name, passed := range map[string][]int{
-		"a file": {int(file.Fd())}, "a unix socket": {pair[0]}, "a listening socket": {raw(tcp.(*net.TCPListener))},
-		"a UDP socket": {raw(udp.(*net.UDPConn))}, "nothing": nil, "two, the first wrong": {pair[0], raw(udp.(*net.UDPConn))},
-	} {
-		g := hostile(t, func(conn *net.UnixConn) {
-			asked(conn)
-			frame := []byte{0, 0, 0, 0, 0}
-			_, _, _ = conn.WriteMsgUnix(frame, unix.UnixRights(passed...), nil)
-		})
-		before := openFiles(t)
-		for range 20 {
+}
+
+// number is the descriptor of c, which stays c's.
+func number(t *testing.T, c syscall.Conn) (fd int) {
+	t.Helper()
+	control, err := c.SyscallConn()
+	if err == nil {
+		err = control.Control(func(f uintptr) { fd = int(f) })
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
+// passing is a guest that answers everything with these descriptors.
+func passing(t *testing.T, response *guestv1.Response, fds ...int) *Guest {
+	t.Helper()
+	payload, err := proto.Marshal(response)
+	if err != nil {
+		t.Fatal(err)
+	}
+	frame := append(binary.BigEndian.AppendUint32(nil, uint32(len(payload))), 0)
+	return hostile(t, func(conn *net.UnixConn) {
+		asked(conn)
+		_, _, _ = conn.WriteMsgUnix(append(frame, payload...), unix.UnixRights(fds...), nil)
+	})
+}
+
+// noneLeft fails the test if each of 20 calls leaves a descriptor open.
+func noneLeft(t *testing.T, name string, call func()) {
+	t.Helper()
+	before := openFiles(t)
+	for range 20 {
+		call()
+	}
+	// Other tests open and close some meanwhile.
+	if grown := openFiles(t) - before; grown > 15 {
+		t.Errorf("%s: %d more descriptors are open", name, grown)
+	}
+}
+
+func TestOnlyTheConnectionThatWasAskedForIsAdopted(t *testing.T) {
+	t.Parallel()
+	for name, fds := range lies(t) {
+		g := passing(t, &guestv1.Response{}, fds...)
+		noneLeft(t, name, func() {
 			if conn, err := g.Connect(t.Context(), 80, false); err == nil || !errors.Is(err, sandbox.ErrGuest) {
 				t.Errorf("%s: %v, %v", name, conn, err)
 			}
+		})
+	}
+}
+
+func TestOnlyFreshSocketsAreLent(t *testing.T) {
+	t.Parallel()
+	connected, err := net.Dial("tcp", serving(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer connected.Close()
+	six, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(six)
+	good := freshSocket(t)
+
+	cases := lies(t)
+	cases["a connected socket"] = []int{number(t, connected.(*net.TCPConn))}
+	cases["a socket of IPv6"] = []int{six}
+	for name, fds := range cases {
+		g := passing(t, &guestv1.Response{}, fds...)
+		noneLeft(t, name, func() {
+			if lent, err := g.LendSockets(t.Context(), 3); err == nil || !errors.Is(err, sandbox.ErrGuest) {
+				t.Errorf("%s: %v, %v", name, lent, err)
+				closeSockets(lent)
+			}
+		})
+	}
+
+	refusing := passing(t, &guestv1.Response{Failure: &guestv1.Failure{Code: guestv1.Failure_CODE_UNIMPLEMENTED}}, good)
+	noneLeft(t, "with a failure", func() {
+		if lent, err := refusing.LendSockets(t.Context(), 3); !errors.Is(err, sandbox.ErrUnsupported) {
+			t.Errorf("%v, %v", lent, err)
 		}
-		// Other tests open and close some meanwhile.
-		if grown := openFiles(t) - before; grown > 15 {
-			t.Errorf("%s: %d more descriptors are open", name, grown)
+	})
+
+	for name, c := range map[string]struct {
+		fds  []int
+		want int
+	}{
+		"a good one among them":    {append(cases["a file"], good), 1},
+		"more than were asked for": {[]int{good, good, good, good}, 3},
+	} {
+		g := passing(t, &guestv1.Response{}, c.fds...)
+		noneLeft(t, name, func() {
+			lent, err := g.LendSockets(t.Context(), 3)
+			if err != nil || len(lent) != c.want {
+				t.Errorf("%s: %d, %v; want %d", name, len(lent), err, c.want)
+			}
+			closeSockets(lent)
+		})
+	}
+}
+
+func freshSocket(t *testing.T) int {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return fd
+}
+
+// serving is the address of a service that says hello to whoever connects.
+func serving(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, "hello")
+			conn.Close()
 		}
+	}()
+	return listener.Addr().String()
+}
+
+func TestLentSocketConnects(t *testing.T) {
+	t.Parallel()
+	address := netip.MustParseAddrPort(serving(t))
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	free.Close()
+	lend := func() *Socket {
+		// The lender's own is closed at the end: a descriptor passed is one more.
+		lent, err := passing(t, &guestv1.Response{}, freshSocket(t)).LendSockets(t.Context(), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return lent[0]
+	}
+
+	conn, err := lend().Connect(t.Context(), address.Port())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if said, err := io.ReadAll(conn); string(said) != "hello" || err != nil {
+		t.Errorf("read %q, %v", said, err)
+	}
+
+	nobody := lend()
+	if _, err := nobody.Connect(t.Context(), netip.MustParseAddrPort(free.Addr().String()).Port()); !errors.Is(err, sandbox.ErrRefused) {
+		t.Errorf("%v, want that it is refused", err)
+	}
+	nobody.Close() // nothing is left to close, and nothing else is closed instead
+}
+
+func TestLentSocketWaitsForAFullBacklogNoLongerThanItsCaller(t *testing.T) {
+	t.Parallel()
+	listener := freshSocket(t)
+	if err := errors.Join(unix.Bind(listener, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(listener, 0)); err != nil {
+		t.Fatal(err)
+	}
+	at, err := unix.Getsockname(listener)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := uint16(at.(*unix.SockaddrInet4).Port)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	var failure error
+	for range 4 { // a backlog of 0 has room for one
+		lent, err := passing(t, &guestv1.Response{}, freshSocket(t)).LendSockets(t.Context(), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := lent[0].Connect(ctx, port)
+		if err != nil {
+			failure = err
+			break
+		}
+		defer conn.Close()
+	}
+	if failure == nil || ctx.Err() == nil {
+		t.Errorf("%v, want that it waited until its caller gave up", failure)
 	}
 }
 

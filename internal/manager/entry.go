@@ -26,6 +26,8 @@ type entry struct {
 	activity atomic.Int64 // unix nanoseconds
 	// holds are the connections and calls that keep it from being idle.
 	holds atomic.Int64
+	// spares are those of the present life, or of one that is past.
+	spares atomic.Pointer[spares]
 	// admitted is true while the sandbox counts as one that runs.
 	admitted atomic.Bool
 

@@ -17,6 +17,9 @@ func (m *Manager) guard(drv sandbox.Driver, e *entry) {
 	e.stopGuard = cancel
 	generation := e.rec.Generation
 	m.work.Go(func() { m.tend(ctx, drv, e, generation) })
+	ready := newSpares(generation)
+	e.spares.Store(ready)
+	m.work.Go(func() { ready.keep(ctx, m.guest(drv, e.name)) })
 	m.work.Go(func() {
 		defer cancel()
 		pause := 100 * time.Millisecond

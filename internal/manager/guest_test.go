@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/signal"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -35,7 +34,7 @@ func serviceMain() {
 	}
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
-	listener, err := net.Listen("tcp", "127.0.0.1:"+os.Args[2])
+	listener, err := net.Listen("tcp", os.Args[2])
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -61,18 +60,24 @@ func serviceMain() {
 // service is a spec of one that is reachable on a leased port.
 func service(t *testing.T) sandbox.Spec {
 	t.Helper()
+	return serviceAt(t, "127.0.0.1")
+}
+
+// serviceAt is one that listens at an address of its loopback.
+func serviceAt(t *testing.T, address string) sandbox.Spec {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	port := listener.Addr().(*net.TCPAddr).AddrPort().Port()
 	listener.Close()
 	return sandbox.Spec{
-		Driver: process.Name, Image: self, Command: []string{serviceFlag, strconv.Itoa(int(port))},
+		Driver: process.Name, Image: self, Command: []string{serviceFlag, listener.Addr().String()},
 		Ports:       []sandbox.Port{{Name: "app", GuestPort: port}},
 		AutoForward: sandbox.AutoForward{Mode: sandbox.AutoForwardOff},
 	}

@@ -309,6 +309,15 @@ func (m *Manager) Connect(ctx context.Context, name string, port uint16, udp boo
 		if err != nil {
 			return nil, 0, err
 		}
+		e, err := m.find(name)
+		if err != nil {
+			return nil, 0, err
+		}
+		if !udp {
+			if conn := e.connectSpare(ctx, s.Generation, port); conn != nil {
+				return conn, s.Generation, nil
+			}
+		}
 		drv, err := m.driver(s.Spec.Driver)
 		if err != nil {
 			return nil, 0, err

@@ -60,10 +60,11 @@ func (s *server) table() map[string]call {
 		"list_execs":     brief((*guestv1.Request).GetListExecs, s.execs.listExecs),
 		"signal_exec":    brief((*guestv1.Request).GetSignalExec, s.execs.signalExec),
 
-		"await_ready": lasting((*guestv1.Request).GetAwaitReady, s.afterStart(network.AwaitReady)),
-		"connect":     brief((*guestv1.Request).GetConnect, network.Connect),
-		"watch_ports": lasting((*guestv1.Request).GetWatchPorts, network.WatchPorts),
-		"watch_stats": lasting((*guestv1.Request).GetWatchStats, usage.New().WatchStats),
+		"await_ready":  lasting((*guestv1.Request).GetAwaitReady, s.afterStart(network.AwaitReady)),
+		"connect":      brief((*guestv1.Request).GetConnect, network.Connect),
+		"lend_sockets": brief((*guestv1.Request).GetLendSockets, network.LendSockets),
+		"watch_ports":  lasting((*guestv1.Request).GetWatchPorts, network.WatchPorts),
+		"watch_stats":  lasting((*guestv1.Request).GetWatchStats, usage.New().WatchStats),
 
 		"stat_file":   brief((*guestv1.Request).GetStatFile, disk.StatFile),
 		"list_files":  lasting((*guestv1.Request).GetListFiles, disk.ListFiles),

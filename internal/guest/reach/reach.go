@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
 	"github.com/choiros/agent/internal/guest/wire"
 )
@@ -18,7 +20,7 @@ import (
 // netlink fits into one.
 const bufferSize = 64 << 10
 
-// Service answers Connect, AwaitReady and WatchPorts. Its methods may run at
+// Service answers Connect, LendSockets, AwaitReady and WatchPorts. Its methods may run at
 // the same time; each returns once its context ends.
 type Service struct {
 	run     func(ctx context.Context, command []string) (code int, err error)
@@ -48,7 +50,7 @@ func (s *Service) buffer() *[bufferSize]byte {
 // happens to it is told by closing conn, and is no error.
 func (s *Service) Connect(ctx context.Context, conn *wire.Conn, call *guestv1.Connect) error {
 	if call.GetPassDescriptor() && !wire.CanPassDescriptors(conn.NetConn()) {
-		return failure(guestv1.Failure_CODE_UNIMPLEMENTED, "descriptors do not pass over this channel")
+		return errNoDescriptors()
 	}
 	socket, err := s.dial(ctx, call.GetPort(), call.GetUdp())
 	if err != nil {
@@ -77,13 +79,41 @@ func (s *Service) Connect(ctx context.Context, conn *wire.Conn, call *guestv1.Co
 	return nil
 }
 
+// LendSockets passes sockets from which the agent makes connections itself.
+func (s *Service) LendSockets(_ context.Context, conn *wire.Conn, call *guestv1.LendSockets) error {
+	if !wire.CanPassDescriptors(conn.NetConn()) {
+		return errNoDescriptors()
+	}
+	if n := call.GetCount(); n == 0 || n > wire.MaxDescriptors {
+		return failure(guestv1.Failure_CODE_INVALID, "count %d: not 1 to %d", n, wire.MaxDescriptors)
+	}
+	var fds []int
+	defer func() {
+		for _, fd := range fds {
+			_ = unix.Close(fd)
+		}
+	}()
+	for range call.GetCount() {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			return fmt.Errorf("socket: %w", err)
+		}
+		fds = append(fds, fd)
+	}
+	return conn.SendDescriptors(&guestv1.Response{Protocol: wire.Protocol}, fds...)
+}
+
+func errNoDescriptors() error {
+	return failure(guestv1.Failure_CODE_UNIMPLEMENTED, "descriptors do not pass over this channel")
+}
+
 func pass(conn *wire.Conn, response *guestv1.Response, socket syscall.Conn) error {
 	raw, err := socket.SyscallConn()
 	if err != nil {
 		return err
 	}
 	var sent error
-	if err := raw.Control(func(fd uintptr) { sent = conn.SendDescriptor(response, int(fd)) }); err != nil { //nolint:gosec // A descriptor is an int.
+	if err := raw.Control(func(fd uintptr) { sent = conn.SendDescriptors(response, int(fd)) }); err != nil { //nolint:gosec // A descriptor is an int.
 		return err
 	}
 	return sent

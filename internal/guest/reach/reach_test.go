@@ -160,13 +160,14 @@ func connectPassed(t testing.TB, s *Service, request *guestv1.Connect) (net.Conn
 	request.PassDescriptor = true
 	end := call(t, guest, func(ctx context.Context) error { return s.Connect(ctx, guest, request) })
 	var response guestv1.Response
-	file, err := agent.ReceiveDescriptor(&response)
+	fds, err := agent.ReceiveDescriptors(&response, 1)
 	if err := end(); err != nil {
 		return nil, err
 	}
-	if err != nil || file == nil || response.GetFailure() != nil {
-		t.Fatalf("received %v, %v, %v", &response, file, err)
+	if err != nil || len(fds) != 1 || response.GetFailure() != nil {
+		t.Fatalf("received %v, %v, %v", &response, fds, err)
 	}
+	file := os.NewFile(uintptr(fds[0]), "passed")
 	defer file.Close()
 	conn, err := net.FileConn(file)
 	if err != nil {
@@ -222,6 +223,50 @@ func TestConnectIsRefused(t *testing.T) {
 		if !ok || failed.Failure.GetCode() != guestv1.Failure_CODE_INVALID {
 			t.Errorf("port %d: %v", port, err)
 		}
+	}
+}
+
+func TestLendSocketsPassesFreshOnes(t *testing.T) {
+	t.Parallel()
+	for count, want := range map[uint32]int{1: 1, wire.MaxDescriptors: wire.MaxDescriptors} {
+		agent, guest := channel(t)
+		end := call(t, guest, func(ctx context.Context) error {
+			return New(nil).LendSockets(ctx, guest, &guestv1.LendSockets{Count: count})
+		})
+		var response guestv1.Response
+		fds, err := agent.ReceiveDescriptors(&response, wire.MaxDescriptors)
+		if err := errors.Join(err, end()); err != nil {
+			t.Fatal(err)
+		}
+		if len(fds) != want {
+			t.Errorf("%d were lent, want %d", len(fds), want)
+		}
+		for _, fd := range fds {
+			if _, err := unix.Getpeername(fd); !errors.Is(err, unix.ENOTCONN) {
+				t.Errorf("one that was lent: %v, want that it is not connected", err)
+			}
+			_ = unix.Close(fd)
+		}
+	}
+}
+
+func TestLendSocketsRefuses(t *testing.T) {
+	t.Parallel()
+	for _, count := range []uint32{0, wire.MaxDescriptors + 1, 1 << 31} {
+		_, guest := channel(t)
+		err := New(nil).LendSockets(t.Context(), guest, &guestv1.LendSockets{Count: count})
+		failed, ok := errors.AsType[*wire.FailureError](err)
+		if !ok || failed.Failure.GetCode() != guestv1.Failure_CODE_INVALID {
+			t.Errorf("%d: %v", count, err)
+		}
+	}
+	one, two := net.Pipe()
+	defer one.Close()
+	defer two.Close()
+	err := New(nil).LendSockets(t.Context(), wire.New(one, 100), &guestv1.LendSockets{Count: 1})
+	failed, ok := errors.AsType[*wire.FailureError](err)
+	if !ok || failed.Failure.GetCode() != guestv1.Failure_CODE_UNIMPLEMENTED {
+		t.Errorf("%v, want that it cannot", err)
 	}
 }
 
@@ -410,10 +455,10 @@ func BenchmarkConnect(b *testing.B) {
 		if err := s.Connect(b.Context(), guest, request); err != nil {
 			b.Fatal(err)
 		}
-		file, err := agent.ReceiveDescriptor(&guestv1.Response{})
+		fds, err := agent.ReceiveDescriptors(&guestv1.Response{}, 1)
 		if err != nil {
 			b.Fatal(err)
 		}
-		file.Close()
+		_ = unix.Close(fds[0])
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
@@ -15,16 +14,19 @@ import (
 // errNoDescriptors is a channel over which none can be passed.
 var errNoDescriptors = errors.New("descriptors pass over unix sockets alone")
 
-// CanPassDescriptors reports whether SendDescriptor and ReceiveDescriptor work
-// on a connection.
+// MaxDescriptors is how many descriptors go with one message, at most.
+const MaxDescriptors = 16
+
+// CanPassDescriptors reports whether SendDescriptors and ReceiveDescriptors
+// work on a connection.
 func CanPassDescriptors(conn net.Conn) bool {
 	_, ok := conn.(*net.UnixConn)
 	return ok
 }
 
-// SendDescriptor sends a message along with a descriptor, which stays the
+// SendDescriptors sends a message along with descriptors, which stay the
 // caller's; see SCM_RIGHTS in unix(7).
-func (c *Conn) SendDescriptor(m proto.Message, fd int) error {
+func (c *Conn) SendDescriptors(m proto.Message, fds ...int) error {
 	conn, ok := c.conn.(*net.UnixConn)
 	if !ok {
 		return errNoDescriptors
@@ -35,7 +37,7 @@ func (c *Conn) SendDescriptor(m proto.Message, fd int) error {
 	if err != nil {
 		return err
 	}
-	rights := unix.UnixRights(fd)
+	rights := unix.UnixRights(fds...)
 	n, sent, err := conn.WriteMsgUnix(frame, rights, nil)
 	if err != nil {
 		return err
@@ -46,30 +48,35 @@ func (c *Conn) SendDescriptor(m proto.Message, fd int) error {
 	return c.write(frame[n:])
 }
 
-// ReceiveDescriptor receives a message, and the descriptor that came with it
-// or nil. One descriptor is taken, whatever else was sent.
-func (c *Conn) ReceiveDescriptor(m proto.Message) (*os.File, error) {
+// ReceiveDescriptors receives a message, and the descriptors that came with
+// it: most of them, whatever else was sent. The caller closes them.
+func (c *Conn) ReceiveDescriptors(m proto.Message, most int) ([]int, error) {
 	conn, ok := c.conn.(*net.UnixConn)
 	if !ok {
 		return nil, errNoDescriptors
 	}
-	// Room for one: the kernel drops what there is no room for (MSG_CTRUNC).
-	rights := make([]byte, unix.CmsgSpace(4))
+	// The kernel drops what there is no room for (MSG_CTRUNC), but the room is
+	// rounded up.
+	rights := make([]byte, unix.CmsgSpace(4*most))
 	n, size, _, _, err := conn.ReadMsgUnix(c.header[:], rights)
 	if err != nil {
 		return nil, err
 	}
-	file, err := descriptor(rights[:size])
-	if err != nil {
-		return nil, err
+	fds, err := descriptors(rights[:size])
+	if err == nil {
+		for _, surplus := range fds[min(most, len(fds)):] {
+			_ = unix.Close(surplus)
+		}
+		fds = fds[:min(most, len(fds))]
+		err = c.finishMessage(n, m)
 	}
-	if err := c.finishMessage(n, m); err != nil {
-		if file != nil {
-			file.Close()
+	if err != nil {
+		for _, fd := range fds {
+			_ = unix.Close(fd)
 		}
 		return nil, err
 	}
-	return file, nil
+	return fds, nil
 }
 
 // finishMessage goes on after n bytes of a header.
@@ -88,29 +95,25 @@ func (c *Conn) finishMessage(n int, m proto.Message) error {
 	return decodeFrame(kind, payload, m)
 }
 
-// descriptor takes the first descriptor of control messages and closes others.
-func descriptor(control []byte) (*os.File, error) {
+// descriptors takes those that control messages bring.
+func descriptors(control []byte) ([]int, error) {
 	if len(control) == 0 {
-		return nil, nil //nolint:nilnil // None was sent, and that is no error.
+		return nil, nil
 	}
 	messages, err := unix.ParseSocketControlMessage(control)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrProtocol, err)
 	}
-	var file *os.File
+	var all []int
 	for _, message := range messages {
 		fds, err := unix.ParseUnixRights(&message)
 		if err != nil {
 			continue // not descriptors
 		}
 		for _, fd := range fds {
-			if file != nil {
-				_ = unix.Close(fd)
-				continue
-			}
 			unix.CloseOnExec(fd)
-			file = os.NewFile(uintptr(fd), "passed")
 		}
+		all = append(all, fds...)
 	}
-	return file, nil
+	return all, nil
 }

@@ -151,15 +151,16 @@ func TestDescriptorPasses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	if err := New(a, MaxFrame).SendDescriptor(&guestv1.Response{Protocol: 9}, int(w.Fd())); err != nil {
+	if err := New(a, MaxFrame).SendDescriptors(&guestv1.Response{Protocol: 9}, int(w.Fd())); err != nil {
 		t.Fatal(err)
 	}
 	w.Close()
 	var got guestv1.Response
-	file, err := New(b, MaxFrame).ReceiveDescriptor(&got)
-	if err != nil || file == nil || got.GetProtocol() != 9 {
-		t.Fatalf("%v, %v, %v", file, &got, err)
+	fds, err := New(b, MaxFrame).ReceiveDescriptors(&got, 1)
+	if err != nil || len(fds) != 1 || got.GetProtocol() != 9 {
+		t.Fatalf("%v, %v, %v", fds, &got, err)
 	}
+	file := os.NewFile(uintptr(fds[0]), "passed")
 	if _, err := file.WriteString("through"); err != nil {
 		t.Fatal(err)
 	}

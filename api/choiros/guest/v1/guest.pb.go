@@ -223,7 +223,7 @@ func (x FileInfo_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use FileInfo_Kind.Descriptor instead.
 func (FileInfo_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{33, 0}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{34, 0}
 }
 
 // Kind of change.
@@ -276,7 +276,7 @@ func (x FileChange_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use FileChange_Kind.Descriptor instead.
 func (FileChange_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{44, 0}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{45, 0}
 }
 
 // Request begins a connection.
@@ -309,6 +309,7 @@ type Request struct {
 	//	*Request_WatchFiles
 	//	*Request_RemoveFile
 	//	*Request_MakeFolder
+	//	*Request_LendSockets
 	Call          isRequest_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -547,6 +548,15 @@ func (x *Request) GetMakeFolder() *MakeFolder {
 	return nil
 }
 
+func (x *Request) GetLendSockets() *LendSockets {
+	if x != nil {
+		if x, ok := x.Call.(*Request_LendSockets); ok {
+			return x.LendSockets
+		}
+	}
+	return nil
+}
+
 type isRequest_Call interface {
 	isRequest_Call()
 }
@@ -635,6 +645,10 @@ type Request_MakeFolder struct {
 	MakeFolder *MakeFolder `protobuf:"bytes,22,opt,name=make_folder,json=makeFolder,proto3,oneof"`
 }
 
+type Request_LendSockets struct {
+	LendSockets *LendSockets `protobuf:"bytes,23,opt,name=lend_sockets,json=lendSockets,proto3,oneof"`
+}
+
 func (*Request_Hello) isRequest_Call() {}
 
 func (*Request_Configure) isRequest_Call() {}
@@ -676,6 +690,8 @@ func (*Request_WatchFiles) isRequest_Call() {}
 func (*Request_RemoveFile) isRequest_Call() {}
 
 func (*Request_MakeFolder) isRequest_Call() {}
+
+func (*Request_LendSockets) isRequest_Call() {}
 
 // Response is guestd's answer to a Request, and, where a call says so, what
 // ends its stream.
@@ -2398,6 +2414,54 @@ func (x *Connect) GetPassDescriptor() bool {
 	return false
 }
 
+// LendSockets is answered with that many descriptors (SCM_RIGHTS): TCP sockets
+// for IPv4 of the sandbox's own network, not connected, from which the agent
+// makes connections to the sandbox's 127.0.0.1 without asking again.
+type LendSockets struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 to 16.
+	Count         uint32 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LendSockets) Reset() {
+	*x = LendSockets{}
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LendSockets) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LendSockets) ProtoMessage() {}
+
+func (x *LendSockets) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LendSockets.ProtoReflect.Descriptor instead.
+func (*LendSockets) Descriptor() ([]byte, []int) {
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *LendSockets) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 // WatchPorts has guestd send Ports at once and then whenever they change.
 type WatchPorts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2407,7 +2471,7 @@ type WatchPorts struct {
 
 func (x *WatchPorts) Reset() {
 	*x = WatchPorts{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[26]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2419,7 +2483,7 @@ func (x *WatchPorts) String() string {
 func (*WatchPorts) ProtoMessage() {}
 
 func (x *WatchPorts) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[26]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2432,7 +2496,7 @@ func (x *WatchPorts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchPorts.ProtoReflect.Descriptor instead.
 func (*WatchPorts) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{26}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
 // Ports are those on which something listens inside; at most 256.
@@ -2447,7 +2511,7 @@ type Ports struct {
 
 func (x *Ports) Reset() {
 	*x = Ports{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[27]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2459,7 +2523,7 @@ func (x *Ports) String() string {
 func (*Ports) ProtoMessage() {}
 
 func (x *Ports) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[27]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2472,7 +2536,7 @@ func (x *Ports) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ports.ProtoReflect.Descriptor instead.
 func (*Ports) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{27}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Ports) GetListeners() []*Listener {
@@ -2504,7 +2568,7 @@ type Listener struct {
 
 func (x *Listener) Reset() {
 	*x = Listener{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[28]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2516,7 +2580,7 @@ func (x *Listener) String() string {
 func (*Listener) ProtoMessage() {}
 
 func (x *Listener) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[28]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2529,7 +2593,7 @@ func (x *Listener) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Listener.ProtoReflect.Descriptor instead.
 func (*Listener) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Listener) GetAddress() string {
@@ -2571,7 +2635,7 @@ type WatchStats struct {
 
 func (x *WatchStats) Reset() {
 	*x = WatchStats{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2583,7 +2647,7 @@ func (x *WatchStats) String() string {
 func (*WatchStats) ProtoMessage() {}
 
 func (x *WatchStats) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +2660,7 @@ func (x *WatchStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStats.ProtoReflect.Descriptor instead.
 func (*WatchStats) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WatchStats) GetIntervalMillis() uint32 {
@@ -2638,7 +2702,7 @@ type Stats struct {
 
 func (x *Stats) Reset() {
 	*x = Stats{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[30]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2650,7 +2714,7 @@ func (x *Stats) String() string {
 func (*Stats) ProtoMessage() {}
 
 func (x *Stats) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[30]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2663,7 +2727,7 @@ func (x *Stats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stats.ProtoReflect.Descriptor instead.
 func (*Stats) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Stats) GetTime() *timestamppb.Timestamp {
@@ -2777,7 +2841,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[31]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2789,7 +2853,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[31]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2802,7 +2866,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Process) GetPid() int32 {
@@ -2843,7 +2907,7 @@ type SetTime struct {
 
 func (x *SetTime) Reset() {
 	*x = SetTime{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[32]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2855,7 +2919,7 @@ func (x *SetTime) String() string {
 func (*SetTime) ProtoMessage() {}
 
 func (x *SetTime) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[32]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2868,7 +2932,7 @@ func (x *SetTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTime.ProtoReflect.Descriptor instead.
 func (*SetTime) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{32}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SetTime) GetTime() *timestamppb.Timestamp {
@@ -2898,7 +2962,7 @@ type FileInfo struct {
 
 func (x *FileInfo) Reset() {
 	*x = FileInfo{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[33]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2910,7 +2974,7 @@ func (x *FileInfo) String() string {
 func (*FileInfo) ProtoMessage() {}
 
 func (x *FileInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[33]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2923,7 +2987,7 @@ func (x *FileInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileInfo.ProtoReflect.Descriptor instead.
 func (*FileInfo) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{33}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *FileInfo) GetName() string {
@@ -2992,7 +3056,7 @@ type StatFile struct {
 
 func (x *StatFile) Reset() {
 	*x = StatFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3004,7 +3068,7 @@ func (x *StatFile) String() string {
 func (*StatFile) ProtoMessage() {}
 
 func (x *StatFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3017,7 +3081,7 @@ func (x *StatFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatFile.ProtoReflect.Descriptor instead.
 func (*StatFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{34}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *StatFile) GetPath() string {
@@ -3041,7 +3105,7 @@ type ListFiles struct {
 
 func (x *ListFiles) Reset() {
 	*x = ListFiles{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3053,7 +3117,7 @@ func (x *ListFiles) String() string {
 func (*ListFiles) ProtoMessage() {}
 
 func (x *ListFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3066,7 +3130,7 @@ func (x *ListFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFiles.ProtoReflect.Descriptor instead.
 func (*ListFiles) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{35}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListFiles) GetPath() string {
@@ -3100,7 +3164,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3112,7 +3176,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3125,7 +3189,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{36}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Files) GetFiles() []*FileInfo {
@@ -3156,7 +3220,7 @@ type ReadFile struct {
 
 func (x *ReadFile) Reset() {
 	*x = ReadFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3168,7 +3232,7 @@ func (x *ReadFile) String() string {
 func (*ReadFile) ProtoMessage() {}
 
 func (x *ReadFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3181,7 +3245,7 @@ func (x *ReadFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFile.ProtoReflect.Descriptor instead.
 func (*ReadFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{37}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ReadFile) GetPath() string {
@@ -3221,7 +3285,7 @@ type WriteFile struct {
 
 func (x *WriteFile) Reset() {
 	*x = WriteFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3233,7 +3297,7 @@ func (x *WriteFile) String() string {
 func (*WriteFile) ProtoMessage() {}
 
 func (x *WriteFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3246,7 +3310,7 @@ func (x *WriteFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFile.ProtoReflect.Descriptor instead.
 func (*WriteFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{38}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *WriteFile) GetPath() string {
@@ -3284,7 +3348,7 @@ type Pack struct {
 
 func (x *Pack) Reset() {
 	*x = Pack{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3296,7 +3360,7 @@ func (x *Pack) String() string {
 func (*Pack) ProtoMessage() {}
 
 func (x *Pack) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3309,7 +3373,7 @@ func (x *Pack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pack.ProtoReflect.Descriptor instead.
 func (*Pack) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{39}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Pack) GetPath() string {
@@ -3343,7 +3407,7 @@ type Unpack struct {
 
 func (x *Unpack) Reset() {
 	*x = Unpack{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3355,7 +3419,7 @@ func (x *Unpack) String() string {
 func (*Unpack) ProtoMessage() {}
 
 func (x *Unpack) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3368,7 +3432,7 @@ func (x *Unpack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unpack.ProtoReflect.Descriptor instead.
 func (*Unpack) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{40}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Unpack) GetPath() string {
@@ -3403,7 +3467,7 @@ type Transferred struct {
 
 func (x *Transferred) Reset() {
 	*x = Transferred{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3415,7 +3479,7 @@ func (x *Transferred) String() string {
 func (*Transferred) ProtoMessage() {}
 
 func (x *Transferred) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3428,7 +3492,7 @@ func (x *Transferred) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transferred.ProtoReflect.Descriptor instead.
 func (*Transferred) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{41}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Transferred) GetFiles() uint64 {
@@ -3457,7 +3521,7 @@ type WatchFiles struct {
 
 func (x *WatchFiles) Reset() {
 	*x = WatchFiles{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3469,7 +3533,7 @@ func (x *WatchFiles) String() string {
 func (*WatchFiles) ProtoMessage() {}
 
 func (x *WatchFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3482,7 +3546,7 @@ func (x *WatchFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFiles.ProtoReflect.Descriptor instead.
 func (*WatchFiles) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{42}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *WatchFiles) GetPath() string {
@@ -3511,7 +3575,7 @@ type FileChanges struct {
 
 func (x *FileChanges) Reset() {
 	*x = FileChanges{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3523,7 +3587,7 @@ func (x *FileChanges) String() string {
 func (*FileChanges) ProtoMessage() {}
 
 func (x *FileChanges) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3536,7 +3600,7 @@ func (x *FileChanges) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileChanges.ProtoReflect.Descriptor instead.
 func (*FileChanges) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{43}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *FileChanges) GetChanges() []*FileChange {
@@ -3564,7 +3628,7 @@ type FileChange struct {
 
 func (x *FileChange) Reset() {
 	*x = FileChange{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3576,7 +3640,7 @@ func (x *FileChange) String() string {
 func (*FileChange) ProtoMessage() {}
 
 func (x *FileChange) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3589,7 +3653,7 @@ func (x *FileChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileChange.ProtoReflect.Descriptor instead.
 func (*FileChange) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{44}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *FileChange) GetPath() string {
@@ -3617,7 +3681,7 @@ type RemoveFile struct {
 
 func (x *RemoveFile) Reset() {
 	*x = RemoveFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3629,7 +3693,7 @@ func (x *RemoveFile) String() string {
 func (*RemoveFile) ProtoMessage() {}
 
 func (x *RemoveFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3642,7 +3706,7 @@ func (x *RemoveFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveFile.ProtoReflect.Descriptor instead.
 func (*RemoveFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{45}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RemoveFile) GetPath() string {
@@ -3671,7 +3735,7 @@ type MakeFolder struct {
 
 func (x *MakeFolder) Reset() {
 	*x = MakeFolder{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3683,7 +3747,7 @@ func (x *MakeFolder) String() string {
 func (*MakeFolder) ProtoMessage() {}
 
 func (x *MakeFolder) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3696,7 +3760,7 @@ func (x *MakeFolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeFolder.ProtoReflect.Descriptor instead.
 func (*MakeFolder) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{46}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *MakeFolder) GetPath() string {
@@ -3724,7 +3788,7 @@ var File_choiros_guest_v1_guest_proto protoreflect.FileDescriptor
 
 const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
-	"\x1cchoiros/guest/v1/guest.proto\x12\x10choiros.guest.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8f\n" +
+	"\x1cchoiros/guest/v1/guest.proto\x12\x10choiros.guest.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\n" +
 	"\n" +
 	"\aRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12/\n" +
@@ -3759,7 +3823,8 @@ const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"\vremove_file\x18\x15 \x01(\v2\x1c.choiros.guest.v1.RemoveFileH\x00R\n" +
 	"removeFile\x12?\n" +
 	"\vmake_folder\x18\x16 \x01(\v2\x1c.choiros.guest.v1.MakeFolderH\x00R\n" +
-	"makeFolderB\x06\n" +
+	"makeFolder\x12B\n" +
+	"\flend_sockets\x18\x17 \x01(\v2\x1d.choiros.guest.v1.LendSocketsH\x00R\vlendSocketsB\x06\n" +
 	"\x04call\"\xc7\x04\n" +
 	"\bResponse\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x123\n" +
@@ -3896,7 +3961,9 @@ const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"\aConnect\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\rR\x04port\x12\x10\n" +
 	"\x03udp\x18\x02 \x01(\bR\x03udp\x12'\n" +
-	"\x0fpass_descriptor\x18\x03 \x01(\bR\x0epassDescriptor\"\f\n" +
+	"\x0fpass_descriptor\x18\x03 \x01(\bR\x0epassDescriptor\"#\n" +
+	"\vLendSockets\x12\x14\n" +
+	"\x05count\x18\x01 \x01(\rR\x05count\"\f\n" +
 	"\n" +
 	"WatchPorts\"_\n" +
 	"\x05Ports\x128\n" +
@@ -4016,7 +4083,7 @@ func file_choiros_guest_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_choiros_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_choiros_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_choiros_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
 var file_choiros_guest_v1_guest_proto_goTypes = []any{
 	(Failure_Code)(0),             // 0: choiros.guest.v1.Failure.Code
 	(Greeting_Phase)(0),           // 1: choiros.guest.v1.Greeting.Phase
@@ -4048,30 +4115,31 @@ var file_choiros_guest_v1_guest_proto_goTypes = []any{
 	(*UpdateSecrets)(nil),         // 27: choiros.guest.v1.UpdateSecrets
 	(*SecretsUpdated)(nil),        // 28: choiros.guest.v1.SecretsUpdated
 	(*Connect)(nil),               // 29: choiros.guest.v1.Connect
-	(*WatchPorts)(nil),            // 30: choiros.guest.v1.WatchPorts
-	(*Ports)(nil),                 // 31: choiros.guest.v1.Ports
-	(*Listener)(nil),              // 32: choiros.guest.v1.Listener
-	(*WatchStats)(nil),            // 33: choiros.guest.v1.WatchStats
-	(*Stats)(nil),                 // 34: choiros.guest.v1.Stats
-	(*Process)(nil),               // 35: choiros.guest.v1.Process
-	(*SetTime)(nil),               // 36: choiros.guest.v1.SetTime
-	(*FileInfo)(nil),              // 37: choiros.guest.v1.FileInfo
-	(*StatFile)(nil),              // 38: choiros.guest.v1.StatFile
-	(*ListFiles)(nil),             // 39: choiros.guest.v1.ListFiles
-	(*Files)(nil),                 // 40: choiros.guest.v1.Files
-	(*ReadFile)(nil),              // 41: choiros.guest.v1.ReadFile
-	(*WriteFile)(nil),             // 42: choiros.guest.v1.WriteFile
-	(*Pack)(nil),                  // 43: choiros.guest.v1.Pack
-	(*Unpack)(nil),                // 44: choiros.guest.v1.Unpack
-	(*Transferred)(nil),           // 45: choiros.guest.v1.Transferred
-	(*WatchFiles)(nil),            // 46: choiros.guest.v1.WatchFiles
-	(*FileChanges)(nil),           // 47: choiros.guest.v1.FileChanges
-	(*FileChange)(nil),            // 48: choiros.guest.v1.FileChange
-	(*RemoveFile)(nil),            // 49: choiros.guest.v1.RemoveFile
-	(*MakeFolder)(nil),            // 50: choiros.guest.v1.MakeFolder
-	nil,                           // 51: choiros.guest.v1.Configure.EnvEntry
-	nil,                           // 52: choiros.guest.v1.Exec.EnvEntry
-	(*timestamppb.Timestamp)(nil), // 53: google.protobuf.Timestamp
+	(*LendSockets)(nil),           // 30: choiros.guest.v1.LendSockets
+	(*WatchPorts)(nil),            // 31: choiros.guest.v1.WatchPorts
+	(*Ports)(nil),                 // 32: choiros.guest.v1.Ports
+	(*Listener)(nil),              // 33: choiros.guest.v1.Listener
+	(*WatchStats)(nil),            // 34: choiros.guest.v1.WatchStats
+	(*Stats)(nil),                 // 35: choiros.guest.v1.Stats
+	(*Process)(nil),               // 36: choiros.guest.v1.Process
+	(*SetTime)(nil),               // 37: choiros.guest.v1.SetTime
+	(*FileInfo)(nil),              // 38: choiros.guest.v1.FileInfo
+	(*StatFile)(nil),              // 39: choiros.guest.v1.StatFile
+	(*ListFiles)(nil),             // 40: choiros.guest.v1.ListFiles
+	(*Files)(nil),                 // 41: choiros.guest.v1.Files
+	(*ReadFile)(nil),              // 42: choiros.guest.v1.ReadFile
+	(*WriteFile)(nil),             // 43: choiros.guest.v1.WriteFile
+	(*Pack)(nil),                  // 44: choiros.guest.v1.Pack
+	(*Unpack)(nil),                // 45: choiros.guest.v1.Unpack
+	(*Transferred)(nil),           // 46: choiros.guest.v1.Transferred
+	(*WatchFiles)(nil),            // 47: choiros.guest.v1.WatchFiles
+	(*FileChanges)(nil),           // 48: choiros.guest.v1.FileChanges
+	(*FileChange)(nil),            // 49: choiros.guest.v1.FileChange
+	(*RemoveFile)(nil),            // 50: choiros.guest.v1.RemoveFile
+	(*MakeFolder)(nil),            // 51: choiros.guest.v1.MakeFolder
+	nil,                           // 52: choiros.guest.v1.Configure.EnvEntry
+	nil,                           // 53: choiros.guest.v1.Exec.EnvEntry
+	(*timestamppb.Timestamp)(nil), // 54: google.protobuf.Timestamp
 }
 var file_choiros_guest_v1_guest_proto_depIdxs = []int32{
 	7,  // 0: choiros.guest.v1.Request.hello:type_name -> choiros.guest.v1.Hello
@@ -4083,56 +4151,57 @@ var file_choiros_guest_v1_guest_proto_depIdxs = []int32{
 	26, // 6: choiros.guest.v1.Request.signal_exec:type_name -> choiros.guest.v1.SignalExec
 	27, // 7: choiros.guest.v1.Request.update_secrets:type_name -> choiros.guest.v1.UpdateSecrets
 	29, // 8: choiros.guest.v1.Request.connect:type_name -> choiros.guest.v1.Connect
-	30, // 9: choiros.guest.v1.Request.watch_ports:type_name -> choiros.guest.v1.WatchPorts
-	33, // 10: choiros.guest.v1.Request.watch_stats:type_name -> choiros.guest.v1.WatchStats
-	36, // 11: choiros.guest.v1.Request.set_time:type_name -> choiros.guest.v1.SetTime
-	38, // 12: choiros.guest.v1.Request.stat_file:type_name -> choiros.guest.v1.StatFile
-	39, // 13: choiros.guest.v1.Request.list_files:type_name -> choiros.guest.v1.ListFiles
-	41, // 14: choiros.guest.v1.Request.read_file:type_name -> choiros.guest.v1.ReadFile
-	42, // 15: choiros.guest.v1.Request.write_file:type_name -> choiros.guest.v1.WriteFile
-	43, // 16: choiros.guest.v1.Request.pack:type_name -> choiros.guest.v1.Pack
-	44, // 17: choiros.guest.v1.Request.unpack:type_name -> choiros.guest.v1.Unpack
-	46, // 18: choiros.guest.v1.Request.watch_files:type_name -> choiros.guest.v1.WatchFiles
-	49, // 19: choiros.guest.v1.Request.remove_file:type_name -> choiros.guest.v1.RemoveFile
-	50, // 20: choiros.guest.v1.Request.make_folder:type_name -> choiros.guest.v1.MakeFolder
-	6,  // 21: choiros.guest.v1.Response.failure:type_name -> choiros.guest.v1.Failure
-	8,  // 22: choiros.guest.v1.Response.greeting:type_name -> choiros.guest.v1.Greeting
-	11, // 23: choiros.guest.v1.Response.configured:type_name -> choiros.guest.v1.Configured
-	19, // 24: choiros.guest.v1.Response.exec_started:type_name -> choiros.guest.v1.ExecStarted
-	24, // 25: choiros.guest.v1.Response.execs:type_name -> choiros.guest.v1.Execs
-	37, // 26: choiros.guest.v1.Response.file:type_name -> choiros.guest.v1.FileInfo
-	40, // 27: choiros.guest.v1.Response.files:type_name -> choiros.guest.v1.Files
-	45, // 28: choiros.guest.v1.Response.transferred:type_name -> choiros.guest.v1.Transferred
-	28, // 29: choiros.guest.v1.Response.secrets_updated:type_name -> choiros.guest.v1.SecretsUpdated
-	0,  // 30: choiros.guest.v1.Failure.code:type_name -> choiros.guest.v1.Failure.Code
-	1,  // 31: choiros.guest.v1.Greeting.phase:type_name -> choiros.guest.v1.Greeting.Phase
-	51, // 32: choiros.guest.v1.Configure.env:type_name -> choiros.guest.v1.Configure.EnvEntry
-	10, // 33: choiros.guest.v1.Configure.secrets:type_name -> choiros.guest.v1.Secret
-	53, // 34: choiros.guest.v1.Configure.time:type_name -> google.protobuf.Timestamp
-	13, // 35: choiros.guest.v1.AwaitReady.http:type_name -> choiros.guest.v1.HttpProbe
-	14, // 36: choiros.guest.v1.AwaitReady.tcp:type_name -> choiros.guest.v1.TcpProbe
-	15, // 37: choiros.guest.v1.AwaitReady.exec:type_name -> choiros.guest.v1.ExecProbe
-	52, // 38: choiros.guest.v1.Exec.env:type_name -> choiros.guest.v1.Exec.EnvEntry
-	18, // 39: choiros.guest.v1.Exec.size:type_name -> choiros.guest.v1.TerminalSize
-	18, // 40: choiros.guest.v1.ExecInput.resize:type_name -> choiros.guest.v1.TerminalSize
-	25, // 41: choiros.guest.v1.Execs.execs:type_name -> choiros.guest.v1.ExecInfo
-	53, // 42: choiros.guest.v1.ExecInfo.start_time:type_name -> google.protobuf.Timestamp
-	21, // 43: choiros.guest.v1.ExecInfo.exit:type_name -> choiros.guest.v1.ExecExit
-	10, // 44: choiros.guest.v1.UpdateSecrets.secrets:type_name -> choiros.guest.v1.Secret
-	32, // 45: choiros.guest.v1.Ports.listeners:type_name -> choiros.guest.v1.Listener
-	53, // 46: choiros.guest.v1.Stats.time:type_name -> google.protobuf.Timestamp
-	35, // 47: choiros.guest.v1.Stats.top:type_name -> choiros.guest.v1.Process
-	53, // 48: choiros.guest.v1.SetTime.time:type_name -> google.protobuf.Timestamp
-	2,  // 49: choiros.guest.v1.FileInfo.kind:type_name -> choiros.guest.v1.FileInfo.Kind
-	53, // 50: choiros.guest.v1.FileInfo.modify_time:type_name -> google.protobuf.Timestamp
-	37, // 51: choiros.guest.v1.Files.files:type_name -> choiros.guest.v1.FileInfo
-	48, // 52: choiros.guest.v1.FileChanges.changes:type_name -> choiros.guest.v1.FileChange
-	3,  // 53: choiros.guest.v1.FileChange.kind:type_name -> choiros.guest.v1.FileChange.Kind
-	54, // [54:54] is the sub-list for method output_type
-	54, // [54:54] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	31, // 9: choiros.guest.v1.Request.watch_ports:type_name -> choiros.guest.v1.WatchPorts
+	34, // 10: choiros.guest.v1.Request.watch_stats:type_name -> choiros.guest.v1.WatchStats
+	37, // 11: choiros.guest.v1.Request.set_time:type_name -> choiros.guest.v1.SetTime
+	39, // 12: choiros.guest.v1.Request.stat_file:type_name -> choiros.guest.v1.StatFile
+	40, // 13: choiros.guest.v1.Request.list_files:type_name -> choiros.guest.v1.ListFiles
+	42, // 14: choiros.guest.v1.Request.read_file:type_name -> choiros.guest.v1.ReadFile
+	43, // 15: choiros.guest.v1.Request.write_file:type_name -> choiros.guest.v1.WriteFile
+	44, // 16: choiros.guest.v1.Request.pack:type_name -> choiros.guest.v1.Pack
+	45, // 17: choiros.guest.v1.Request.unpack:type_name -> choiros.guest.v1.Unpack
+	47, // 18: choiros.guest.v1.Request.watch_files:type_name -> choiros.guest.v1.WatchFiles
+	50, // 19: choiros.guest.v1.Request.remove_file:type_name -> choiros.guest.v1.RemoveFile
+	51, // 20: choiros.guest.v1.Request.make_folder:type_name -> choiros.guest.v1.MakeFolder
+	30, // 21: choiros.guest.v1.Request.lend_sockets:type_name -> choiros.guest.v1.LendSockets
+	6,  // 22: choiros.guest.v1.Response.failure:type_name -> choiros.guest.v1.Failure
+	8,  // 23: choiros.guest.v1.Response.greeting:type_name -> choiros.guest.v1.Greeting
+	11, // 24: choiros.guest.v1.Response.configured:type_name -> choiros.guest.v1.Configured
+	19, // 25: choiros.guest.v1.Response.exec_started:type_name -> choiros.guest.v1.ExecStarted
+	24, // 26: choiros.guest.v1.Response.execs:type_name -> choiros.guest.v1.Execs
+	38, // 27: choiros.guest.v1.Response.file:type_name -> choiros.guest.v1.FileInfo
+	41, // 28: choiros.guest.v1.Response.files:type_name -> choiros.guest.v1.Files
+	46, // 29: choiros.guest.v1.Response.transferred:type_name -> choiros.guest.v1.Transferred
+	28, // 30: choiros.guest.v1.Response.secrets_updated:type_name -> choiros.guest.v1.SecretsUpdated
+	0,  // 31: choiros.guest.v1.Failure.code:type_name -> choiros.guest.v1.Failure.Code
+	1,  // 32: choiros.guest.v1.Greeting.phase:type_name -> choiros.guest.v1.Greeting.Phase
+	52, // 33: choiros.guest.v1.Configure.env:type_name -> choiros.guest.v1.Configure.EnvEntry
+	10, // 34: choiros.guest.v1.Configure.secrets:type_name -> choiros.guest.v1.Secret
+	54, // 35: choiros.guest.v1.Configure.time:type_name -> google.protobuf.Timestamp
+	13, // 36: choiros.guest.v1.AwaitReady.http:type_name -> choiros.guest.v1.HttpProbe
+	14, // 37: choiros.guest.v1.AwaitReady.tcp:type_name -> choiros.guest.v1.TcpProbe
+	15, // 38: choiros.guest.v1.AwaitReady.exec:type_name -> choiros.guest.v1.ExecProbe
+	53, // 39: choiros.guest.v1.Exec.env:type_name -> choiros.guest.v1.Exec.EnvEntry
+	18, // 40: choiros.guest.v1.Exec.size:type_name -> choiros.guest.v1.TerminalSize
+	18, // 41: choiros.guest.v1.ExecInput.resize:type_name -> choiros.guest.v1.TerminalSize
+	25, // 42: choiros.guest.v1.Execs.execs:type_name -> choiros.guest.v1.ExecInfo
+	54, // 43: choiros.guest.v1.ExecInfo.start_time:type_name -> google.protobuf.Timestamp
+	21, // 44: choiros.guest.v1.ExecInfo.exit:type_name -> choiros.guest.v1.ExecExit
+	10, // 45: choiros.guest.v1.UpdateSecrets.secrets:type_name -> choiros.guest.v1.Secret
+	33, // 46: choiros.guest.v1.Ports.listeners:type_name -> choiros.guest.v1.Listener
+	54, // 47: choiros.guest.v1.Stats.time:type_name -> google.protobuf.Timestamp
+	36, // 48: choiros.guest.v1.Stats.top:type_name -> choiros.guest.v1.Process
+	54, // 49: choiros.guest.v1.SetTime.time:type_name -> google.protobuf.Timestamp
+	2,  // 50: choiros.guest.v1.FileInfo.kind:type_name -> choiros.guest.v1.FileInfo.Kind
+	54, // 51: choiros.guest.v1.FileInfo.modify_time:type_name -> google.protobuf.Timestamp
+	38, // 52: choiros.guest.v1.Files.files:type_name -> choiros.guest.v1.FileInfo
+	49, // 53: choiros.guest.v1.FileChanges.changes:type_name -> choiros.guest.v1.FileChange
+	3,  // 54: choiros.guest.v1.FileChange.kind:type_name -> choiros.guest.v1.FileChange.Kind
+	55, // [55:55] is the sub-list for method output_type
+	55, // [55:55] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_choiros_guest_v1_guest_proto_init() }
@@ -4162,6 +4231,7 @@ func file_choiros_guest_v1_guest_proto_init() {
 		(*Request_WatchFiles)(nil),
 		(*Request_RemoveFile)(nil),
 		(*Request_MakeFolder)(nil),
+		(*Request_LendSockets)(nil),
 	}
 	file_choiros_guest_v1_guest_proto_msgTypes[1].OneofWrappers = []any{
 		(*Response_Greeting)(nil),
@@ -4183,14 +4253,14 @@ func file_choiros_guest_v1_guest_proto_init() {
 		(*ExecInput_Signal)(nil),
 		(*ExecInput_Detach)(nil),
 	}
-	file_choiros_guest_v1_guest_proto_msgTypes[38].OneofWrappers = []any{}
+	file_choiros_guest_v1_guest_proto_msgTypes[39].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_guest_v1_guest_proto_rawDesc), len(file_choiros_guest_v1_guest_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   49,
+			NumMessages:   50,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
