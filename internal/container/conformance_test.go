@@ -26,7 +26,7 @@ func TestConformance(t *testing.T) {
 				Root:     "/tmp",
 				Kill:     drivertest.VerbProcess(owner),
 				Leaks:    func(t *testing.T, ref sandbox.Ref) { checkLeaks(t, owner, ref) },
-				Patience: 2 * time.Minute,
+				Patience: 5 * time.Minute,
 			})
 		})
 	}

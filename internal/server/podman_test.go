@@ -55,7 +55,7 @@ func TestContractOnPodman(t *testing.T) {
 			return sandbox.Spec{Driver: "podman", Image: image.RootName, Command: w.Args, Mounts: w.Mounts, Env: w.Env}
 		},
 		GuestDir: "/run/choiros",
-		Patience: 2 * time.Minute,
+		Patience: 5 * time.Minute,
 		Without:  drivertest.Without{Dial: true, Configure: true},
 	})
 }

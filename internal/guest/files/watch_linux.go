@@ -101,10 +101,11 @@ func (w *watcher) watch(p string, mask uint32) error {
 // descend watches the folders in a folder, which is watched already, and tells
 // what is there if that is news.
 func (w *watcher) descend(p string, news bool) error {
-	dir, err := os.OpenFile(p, os.O_RDONLY|folderOnly|unix.O_NOFOLLOW, 0)
-	if p == w.paths[w.root] {
-		dir, err = os.OpenFile(p, os.O_RDONLY|folderOnly, 0)
+	flags := os.O_RDONLY | folderOnly
+	if p != w.paths[w.root] {
+		flags |= unix.O_NOFOLLOW
 	}
+	dir, err := os.OpenFile(p, flags, 0)
 	if err != nil {
 		return w.passing(err)
 	}
