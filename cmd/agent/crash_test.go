@@ -167,15 +167,7 @@ func TestRandomOperationsWithKills(t *testing.T) {
 			}
 			ended := make(chan struct{})
 			go func() { workers.Wait(); close(ended) }()
-			for killing := true; killing; {
-				h.awaitAgent() // or none would ever get anything done
-				select {
-				case <-time.After(time.Duration(random.IntN(b.killWithin)) * time.Millisecond):
-					h.kill()
-				case <-ended:
-					killing = false
-				}
-			}
+			h.killUntil(ended, func() time.Duration { return time.Duration(random.IntN(b.killWithin)) * time.Millisecond })
 			h.check()
 		}
 		if h.crashes.Load() < int64(b.rounds) {
@@ -250,8 +242,11 @@ func (h *crashHost) insist(what string, ask func(ctx context.Context, id string)
 // try asks until it is answered, and returns what an agent that lives says.
 func (h *crashHost) try(ask func(ctx context.Context, id string) error) error {
 	id := fmt.Sprintf("%s-%d", h.t.Name(), h.requests.Add(1))
-	for deadline := time.Now().Add(2 * time.Minute); ; {
+	for deadline := time.Now().Add(5 * time.Minute); ; {
 		err := ask(h.t.Context(), id)
+		if err == nil {
+			h.answers.Add(1)
+		}
 		if !interrupted(err) || h.t.Context().Err() != nil {
 			return err
 		}

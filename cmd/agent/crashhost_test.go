@@ -56,6 +56,7 @@ type crashHost struct {
 
 	requests atomic.Int64
 	crashes  atomic.Int64
+	answers  atomic.Int64  // that were given to try
 	done     chan struct{} // closed when the test ends: nothing is restarted
 	dead     chan struct{} // closed when the agent ended by itself
 	keeper   sync.WaitGroup
@@ -155,6 +156,30 @@ func (h *crashHost) kill() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	_ = h.cmd.Process.Kill()
+}
+
+// killUntil kills the agent again and again, after a pause each time, until
+// ended is closed. Every other agent lives until it has done something for
+// somebody, however slow the machine is: or nothing would ever get done.
+func (h *crashHost) killUntil(ended <-chan struct{}, pause func() time.Duration) {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for kills := 0; ; kills++ {
+		h.awaitAgent()
+		for before := h.answers.Load(); kills%2 == 1 && h.answers.Load() == before; {
+			select {
+			case <-tick.C:
+			case <-ended:
+				return
+			}
+		}
+		select {
+		case <-time.After(pause()):
+			h.kill()
+		case <-ended:
+			return
+		}
+	}
 }
 
 func (h *crashHost) client() agentv1.SandboxServiceClient {
