@@ -114,51 +114,6 @@ func TestDefaultRoute(t *testing.T) {
 	}
 }
 
-func TestAccount(t *testing.T) {
-	t.Parallel()
-	const (
-		passwd = "root:x:0:0:root:/root:/bin/sh\n\nbroken\napp:x:1000:1001::/home:/bin/sh\n1234:x:7:8::/:/x\nlast:x:5:6:::"
-		group  = "root:x:0:\nstaff:x:50:app\n60:x:61:\n"
-	)
-	for user, want := range map[string]account{
-		"":           {0, 0},
-		"root":       {0, 0},
-		"0":          {0, 0},
-		"root:root":  {0, 0},
-		"0:50":       {0, 50},
-		"root:staff": {0, 50},
-		"app":        {1000, 1001},
-		"app:staff":  {1000, 50},
-		"app:7":      {1000, 7},
-		"1000":       {1000, 1001}, // whose group passwd knows
-		"2000":       {2000, 0},
-		"2000:60":    {2000, 61}, // a name goes before a number
-		"1234":       {7, 8},
-		"last":       {5, 6},
-	} {
-		got, err := accountIn(user, passwd, group)
-		if err != nil || got != want {
-			t.Errorf("%q is %+v, %v; want %+v", user, got, err, want)
-		}
-		if early, ok := accountOf(user); ok && early != want && user != "2000:60" {
-			t.Errorf("%q is %+v without the image; want %+v", user, early, want)
-		}
-	}
-	for _, user := range []string{"nobody", "app:nogroup", "-1", "99999999999"} {
-		if got, err := accountIn(user, passwd, group); err == nil {
-			t.Errorf("%q is %+v, want an error", user, got)
-		}
-	}
-	if got, err := accountIn("0", "", ""); err != nil || got != (account{}) {
-		t.Errorf("root of an image without users is %+v, %v", got, err)
-	}
-}
-
-func FuzzAccountIn(f *testing.F) {
-	f.Add("app:staff", "app:x:1000:1001::/:/x\n", "staff:x:50:\n")
-	f.Fuzz(func(_ *testing.T, user, passwd, group string) { _, _ = accountIn(user, passwd, group) })
-}
-
 // home is the test's folder without symbolic links.
 func home(t *testing.T) string {
 	t.Helper()
@@ -238,6 +193,9 @@ func TestResolveMountsNamesTheField(t *testing.T) {
 		"over guestd":         {mounts{data(good, "/run/guestd")}, "spec.mounts[0].target"},
 		"in the secrets'":     {mounts{data(good, "/run/secrets/x")}, "spec.mounts[0].target"},
 		"nested in read-only": {mounts{workspace(good, "/w"), data(good, "/w/new")}, "spec.mounts[1].target"},
+		"a disk": {
+			mounts{{Kind: sandbox.MountDisk, Source: filepath.Join(dir, "disk.img"), Target: "/a", SizeMiB: 16}}, "spec.mounts[0].kind",
+		},
 	} {
 		if os.Getuid() == 0 && name == "not writable" {
 			continue // nothing is closed to root

@@ -19,6 +19,7 @@ import (
 	"go.podman.io/storage/pkg/idtools"
 	"go.podman.io/storage/types"
 
+	"github.com/choiros/agent/internal/account"
 	"github.com/choiros/agent/internal/sandbox"
 )
 
@@ -35,7 +36,7 @@ type plan struct {
 	binds       []bind
 	image       imageFacts
 	guestdDir   string
-	account     account
+	account     account.ID
 	pasta       []string
 	limits      sandbox.Limits
 	uids, gids  int64 // how many there are
@@ -92,7 +93,7 @@ func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (options, []bind,
 	if len(argv(spec, image.Config.Entrypoint, image.Config.Cmd)) == 0 {
 		return fail(sandbox.Invalidf("spec.command", "the image names no command, so the spec has to"))
 	}
-	if a, ok := accountOf(userOf(spec, image)); ok && opts.Userns == usernsAuto {
+	if a, ok := account.Of(userOf(spec, image)); ok && opts.Userns == usernsAuto {
 		if err := checkAccount(a, userOf(spec, image), facts); err != nil {
 			return fail(err)
 		}
@@ -141,8 +142,8 @@ func checkLimits(r sandbox.Resources, facts *hostFacts) error {
 }
 
 // checkAccount refuses a user for whom the host has no number left.
-func checkAccount(a account, user string, facts *hostFacts) error {
-	if int64(a.uid) < facts.uids && int64(a.gid) < facts.gids {
+func checkAccount(a account.ID, user string, facts *hostFacts) error {
+	if int64(a.UID) < facts.uids && int64(a.GID) < facts.gids {
 		return nil
 	}
 	return sandbox.Invalidf("spec.user", "%s is beyond the %d ids that containers of this user have; "+
@@ -255,15 +256,15 @@ func (p plan) harden(s *specgen.SpecGenerator) {
 	private := specgen.Namespace{NSMode: specgen.Private}
 	s.PidNS, s.IpcNS, s.UtsNS, s.CgroupNS = private, private, private, private
 	s.UserNS = specgen.Namespace{NSMode: specgen.Host} // the rootless user's own
-	if p.account != (account{}) {
+	if p.account != (account.ID{}) {
 		// Podman can work these mappings out itself ("keep-id"), but not twice
 		// at the same time: it reads /etc/subuid with a library that is not
 		// safe for threads, and the whole service dies of it (seen in 5.4.2,
 		// SIGSEGV in subid_get_uid_ranges).
 		s.UserNS = private
 		s.IDMappings = &types.IDMappingOptions{
-			UIDMap: swapWithRoot(p.account.uid, p.uids),
-			GIDMap: swapWithRoot(p.account.gid, p.gids),
+			UIDMap: swapWithRoot(p.account.UID, p.uids),
+			GIDMap: swapWithRoot(p.account.GID, p.gids),
 		}
 	}
 	s.Rlimits = []specs.POSIXRlimit{{Type: "core"}}

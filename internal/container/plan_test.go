@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"go.podman.io/storage/pkg/idtools"
 
+	"github.com/choiros/agent/internal/account"
 	"github.com/choiros/agent/internal/sandbox"
 )
 
@@ -59,7 +60,7 @@ func TestContainerGolden(t *testing.T) {
 	t.Parallel()
 	auto := options{Network: networkInternet, Userns: usernsAuto}
 	user := planOf(sandbox.Spec{User: "app", Resources: sandbox.Resources{CPUMillis: 1500, MemoryMiB: 512, Pids: 100}}, auto)
-	user.account = account{1000, 100}
+	user.account = account.ID{UID: 1000, GID: 100}
 	user.binds = []bind{
 		{source: "/home/u/project", target: "/workspace"},
 		{source: "/home/u/data", target: "/data", writable: true},
