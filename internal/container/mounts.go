@@ -29,6 +29,9 @@ func resolveMounts(mounts []sandbox.Mount, socket string) ([]bind, error) {
 	binds := make([]bind, 0, len(mounts))
 	for i, m := range mounts {
 		field := fmt.Sprintf("spec.mounts[%d]", i)
+		if m.Kind != sandbox.MountWorkspace && m.Kind != sandbox.MountData {
+			return nil, sandbox.Unsupportedf(field+".kind", "containers have no %s; give workspace or data, or a driver of virtual machines", m.Kind)
+		}
 		if err := checkTarget(field+".target", m.Target); err != nil {
 			return nil, err
 		}

@@ -129,6 +129,8 @@ type Observation struct {
 	FinishedAt time.Time
 	ExitCode   int // 128+n when signal n ended it
 	OOMKilled  bool
+	// Paused: it runs and is halted; see Pauser.
+	Paused bool
 	// Detail is what the backend says beyond that, for people; may be empty.
 	Detail string
 }
@@ -175,6 +177,42 @@ type Resizer interface {
 	Resize(ctx context.Context, ref Ref, limits Resources) error
 }
 
+// Pauser is implemented by drivers that can halt a sandbox with all that is in
+// its memory, and let it go on. A halted one takes no part in anything: its
+// guestd does not answer, connections to it wait.
+type Pauser interface {
+	// Pause halts a sandbox that runs; of one that is halted it succeeds. Of
+	// one that does not run: an error that wraps ErrState, or of an absent one
+	// ErrNotFound.
+	Pause(ctx context.Context, ref Ref) error
+	// Resume lets it go on; of one that runs and is not halted it succeeds. Of
+	// one that does not run: as Pause. Stop and Delete of a halted one do so by
+	// themselves, if need be.
+	Resume(ctx context.Context, ref Ref) error
+}
+
+// Console is implemented by drivers whose sandboxes have a console of their
+// own, beside what the workload prints.
+type Console interface {
+	// Console opens the console of a sandbox that runs: what it said last
+	// (at most 1 MiB), then what it says, to the end of its life; what is written
+	// to it is typed. Of one that does not run: an error. The caller closes it,
+	// which changes nothing of the sandbox.
+	Console(ctx context.Context, ref Ref) (net.Conn, error)
+}
+
+// EgressPolicer is implemented by drivers that enforce Spec.Egress.
+type EgressPolicer interface {
+	// SetEgress replaces the policy of a sandbox: at once if it runs, also for
+	// connections that are open, and for its next lives. Of an absent one: an
+	// error that wraps ErrNotFound.
+	SetEgress(ctx context.Context, ref Ref, egress Egress) error
+	// EgressRefused tells what a sandbox that runs was refused in its present
+	// life, the latest first, at most 64, and how often in all. Of one that does
+	// not run: an error that wraps ErrState, or one that wraps ErrNotFound.
+	EgressRefused(ctx context.Context, ref Ref) (recent []Refusal, total uint64, err error)
+}
+
 // ImageStore is implemented by drivers that boot OCI images.
 type ImageStore interface {
 	// LoadImage adds the images of an OCI or docker archive and returns them.
@@ -201,14 +239,23 @@ type Image struct {
 }
 
 // Abilities names what a driver can do beyond the basics, found by type
-// assertion: some of "images", "logs", "resize".
+// assertion: some of "console", "egress", "images", "logs", "pause", "resize".
 func Abilities(d Driver) []string {
 	var names []string
+	if _, ok := d.(Console); ok {
+		names = append(names, "console")
+	}
+	if _, ok := d.(EgressPolicer); ok {
+		names = append(names, "egress")
+	}
 	if _, ok := d.(ImageStore); ok {
 		names = append(names, "images")
 	}
 	if _, ok := d.(LogSource); ok {
 		names = append(names, "logs")
+	}
+	if _, ok := d.(Pauser); ok {
+		names = append(names, "pause")
 	}
 	if _, ok := d.(Resizer); ok {
 		names = append(names, "resize")

@@ -67,6 +67,20 @@ func TestValidateNamesTheField(t *testing.T) {
 		{"spec.restart.max_backoff", func(s *Spec) {
 			s.Restart = RestartPolicy{InitialBackoff: time.Minute, MaxBackoff: time.Second}
 		}},
+		{"spec.mounts[0].size_mib", func(s *Spec) { s.Mounts = []Mount{{Kind: MountData, Source: "/x", SizeMiB: 16}} }},
+		{"spec.mounts[0].size_mib", func(s *Spec) { s.Mounts = []Mount{{Kind: MountDisk, Source: "/x", Target: "/d"}} }},
+		{"spec.mounts[0].size_mib", func(s *Spec) {
+			s.Mounts = []Mount{{Kind: MountDisk, Source: "/x", Target: "/d", SizeMiB: 16<<20 + 1}}
+		}},
+		{"spec.mounts[0].target", func(s *Spec) { s.Mounts = []Mount{{Kind: MountDisk, Source: "/x", SizeMiB: 16}} }},
+		{"spec.mounts[0].source", func(s *Spec) { s.Mounts = []Mount{{Kind: MountDisk, Target: "/d", SizeMiB: 16}} }},
+		{"spec.mounts[1].source", func(s *Spec) {
+			s.Mounts = []Mount{
+				{Kind: MountDisk, Source: "/x", Target: "/d", SizeMiB: 16}, {Kind: MountDisk, Source: "/x", Target: "/e", SizeMiB: 16},
+			}
+		}},
+		{"spec.egress.mode", func(s *Spec) { s.Egress.Mode = "perhaps" }},
+		{"spec.egress.rules[0]", func(s *Spec) { s.Egress = Egress{Mode: EgressList, Rules: []EgressRule{{}}} }},
 	} {
 		spec := valid()
 		c.edit(&spec)
@@ -85,15 +99,18 @@ func TestValidateNamesTheField(t *testing.T) {
 func TestValidateFillsInTargets(t *testing.T) {
 	t.Parallel()
 	spec := valid()
-	spec.Mounts = []Mount{{Kind: MountWorkspace, Source: "/w"}, {Kind: MountData, Source: "/d"}}
+	spec.Mounts = []Mount{
+		{Kind: MountWorkspace, Source: "/w"}, {Kind: MountData, Source: "/d"},
+		{Kind: MountDisk, Source: "/disk.img", Target: "/disk", SizeMiB: 16},
+	}
 	if err := spec.Validate(); err != nil {
 		t.Fatal(err)
 	}
 	if spec.Mounts[0].Target != "/workspace" || spec.Mounts[1].Target != "/data" {
 		t.Errorf("targets: %+v", spec.Mounts)
 	}
-	if spec.Mounts[0].Writable() || !spec.Mounts[1].Writable() {
-		t.Error("a workspace is read-only unless asked otherwise, data is writable")
+	if spec.Mounts[0].Writable() || !spec.Mounts[1].Writable() || !spec.Mounts[2].Writable() {
+		t.Error("a workspace is read-only unless asked otherwise, data and disks are writable")
 	}
 }
 
@@ -116,9 +133,12 @@ func TestCloneSharesNothing(t *testing.T) {
 	spec.Env, spec.Command = map[string]string{"A": "1"}, []string{"x"}
 	spec.Mounts = []Mount{{Kind: MountData}}
 	spec.Readiness.HTTP = &HTTPProbe{Port: 1}
+	spec.Egress = Egress{Mode: EgressList, Rules: []EgressRule{{CIDR: "192.0.2.0/24", Ports: []PortRange{{From: 1}}}}}
 	clone := spec.Clone()
 	clone.Env["A"], clone.Command[0], clone.Mounts[0].Kind, clone.Readiness.HTTP.Port = "2", "y", MountWorkspace, 2
-	if spec.Env["A"] != "1" || spec.Command[0] != "x" || spec.Mounts[0].Kind != MountData || spec.Readiness.HTTP.Port != 1 {
+	clone.Egress.Rules[0].CIDR, clone.Egress.Rules[0].Ports[0].From = "", 2
+	if spec.Env["A"] != "1" || spec.Command[0] != "x" || spec.Mounts[0].Kind != MountData || spec.Readiness.HTTP.Port != 1 ||
+		spec.Egress.Rules[0].CIDR == "" || spec.Egress.Rules[0].Ports[0].From != 1 {
 		t.Errorf("changed through its clone: %+v", spec)
 	}
 }

@@ -42,6 +42,9 @@ type Spec struct {
 	Keyless     bool           `json:"keyless,omitempty"`
 	Rotation    RotationPolicy `json:"secret_rotation,omitzero"`
 	AutoForward AutoForward    `json:"auto_forward,omitzero"`
+
+	// Egress says what it may connect to; see EgressPolicer.
+	Egress Egress `json:"egress,omitzero"`
 }
 
 // Clone returns a copy that shares nothing with s.
@@ -59,6 +62,7 @@ func (s Spec) Clone() Spec {
 	}
 	s.DriverOptions = slices.Clone(s.DriverOptions)
 	s.AutoForward.Deny = slices.Clone(s.AutoForward.Deny)
+	s.Egress = s.Egress.Clone()
 	return s
 }
 
@@ -93,18 +97,24 @@ const (
 	// MountData is the workload's own durable data: always writable, owned by
 	// the sandbox's user as seen from inside.
 	MountData MountKind = "data"
+	// MountDisk is a disk image of the host's that a virtual machine has as a
+	// disk of its own: durable data that goes with snapshots of its memory.
+	MountDisk MountKind = "disk"
 )
 
-// Mount shows a folder of the host inside the sandbox.
+// Mount shows a folder, or a disk image, of the host inside the sandbox.
 type Mount struct {
 	Kind      MountKind `json:"kind"`
-	Source    string    `json:"source"` // absolute, on the host
+	Source    string    `json:"source"` // absolute, on the host; of a disk: the image
 	Target    string    `json:"target"` // absolute, inside; never empty once validated
 	ReadWrite bool      `json:"read_write,omitempty"`
+	// SizeMiB is a disk's, made if the image is absent; it takes room only as
+	// it is filled. An image that is there keeps its own, if that is more.
+	SizeMiB uint64 `json:"size_mib,omitempty"`
 }
 
 // Writable reports whether the sandbox may write to it.
-func (m Mount) Writable() bool { return m.Kind == MountData || m.ReadWrite }
+func (m Mount) Writable() bool { return m.Kind == MountData || m.Kind == MountDisk || m.ReadWrite }
 
 // Port makes a service inside reachable on the host.
 type Port struct {

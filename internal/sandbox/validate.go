@@ -27,6 +27,8 @@ const (
 	maxPids       = 4 << 20  // the kernel's PID_MAX_LIMIT, see proc(5)
 	maxPath       = 4096     // PATH_MAX, see limits.h
 	maxOptions    = 64 << 10
+	minDiskMiB    = 16
+	maxDiskMiB    = 16 << 20 // 16 TiB
 )
 
 // namePattern is also what a file, a container and a unit may be called.
@@ -73,6 +75,7 @@ func (s *Spec) Validate() error {
 	for _, check := range []func() error{
 		s.validateSource, s.validateProcess, s.validateResources, s.validateMounts,
 		s.validatePorts, s.validateSecrets, s.validateReadiness, s.validatePolicies,
+		func() error { return s.Egress.Validate("spec.egress") },
 	} {
 		if err := check(); err != nil {
 			return err
@@ -175,11 +178,18 @@ func (s *Spec) validateMounts() error {
 		m, field := &s.Mounts[i], fmt.Sprintf("spec.mounts[%d]", i)
 		switch m.Kind {
 		case MountWorkspace, MountData:
+			if m.Target == "" {
+				m.Target = "/" + string(m.Kind)
+			}
+			if m.SizeMiB != 0 {
+				return Invalidf(field+".size_mib", "is given, but the mount is no disk")
+			}
+		case MountDisk:
+			if m.SizeMiB < minDiskMiB || m.SizeMiB > maxDiskMiB {
+				return Invalidf(field+".size_mib", "%d is not from %d to %d", m.SizeMiB, minDiskMiB, maxDiskMiB)
+			}
 		default:
-			return Invalidf(field+".kind", "is missing; give workspace or data")
-		}
-		if m.Target == "" {
-			m.Target = "/" + string(m.Kind)
+			return Invalidf(field+".kind", "is missing; give workspace, data or disk")
 		}
 		if err := ValidatePath(field+".source", m.Source); err != nil {
 			return err
@@ -193,6 +203,9 @@ func (s *Spec) validateMounts() error {
 		for _, other := range s.Mounts[:i] {
 			if other.Target == m.Target {
 				return Invalidf(field+".target", "%s is the target of another mount", clip(m.Target))
+			}
+			if m.Kind == MountDisk && other.Kind == MountDisk && other.Source == m.Source {
+				return Invalidf(field+".source", "%s is the image of another disk", clip(m.Source))
 			}
 		}
 	}

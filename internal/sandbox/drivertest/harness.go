@@ -179,5 +179,14 @@ func (s *suite) optional(t *testing.T) []test {
 	if _, ok := d.(sandbox.Resizer); ok {
 		tests = append(tests, test{"Resize", resize})
 	}
+	if _, ok := d.(sandbox.Pauser); ok {
+		tests = append(tests, pauseTests()...)
+	}
+	if _, ok := d.(sandbox.Console); ok {
+		tests = append(tests, consoleTests()...)
+	}
+	if _, ok := d.(sandbox.EgressPolicer); ok {
+		tests = append(tests, egressTests()...)
+	}
 	return tests
 }

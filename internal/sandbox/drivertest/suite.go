@@ -339,10 +339,7 @@ func (b *box) stubborn() {
 // a driver that keeps no logs it believes it.
 func (b *box) printed(text string) {
 	b.t.Helper()
-	d := b.s.open(b.t)
-	_, keepsLogs := d.(sandbox.LogSource)
-	b.s.close(b.t, d)
-	if keepsLogs {
+	if b.keepsLogs() {
 		b.happens(fmt.Sprintf("the workload prints %q", text), func() bool {
 			lines := b.logs(everything())
 			return slices.ContainsFunc(lines, func(l line) bool { return strings.HasPrefix(l.text, text) })

@@ -7,13 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/shim"
 )
 
 const (
@@ -41,13 +40,18 @@ type Config struct {
 	Limits sandbox.Limits
 }
 
-// Driver is a sandbox.Driver, Validator and LogSource.
-type Driver struct{ cfg Config }
+// Driver is a sandbox.Driver, Validator, LogSource, Pauser and Console.
+type Driver struct {
+	cfg     Config
+	policed bool // see Policed
+}
 
 var (
 	_ sandbox.Driver    = (*Driver)(nil)
 	_ sandbox.Validator = (*Driver)(nil)
 	_ sandbox.LogSource = (*Driver)(nil)
+	_ sandbox.Pauser    = (*Driver)(nil)
+	_ sandbox.Console   = (*Driver)(nil)
 )
 
 // New returns the driver. It touches nothing. It panics if cfg is wrong.
@@ -98,18 +102,10 @@ func (d *Driver) Probe(ctx context.Context) (sandbox.Report, error) {
 
 // List implements sandbox.Driver.
 func (d *Driver) List(ctx context.Context) ([]string, error) {
-	if err := ctx.Err(); err != nil {
+	ids, err := d.boxes().List(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("list: %w", err)
 	}
-	entries, err := os.ReadDir(d.boxes())
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list: %w", err)
-	}
-	ids := make([]string, 0, len(entries)) // sorted, since ReadDir is
-	for _, entry := range entries {
-		ids = append(ids, entry.Name())
-	}
-	slices.Sort(ids)
 	return ids, nil
 }
 
@@ -120,12 +116,19 @@ func (d *Driver) Validate(_ context.Context, spec sandbox.Spec) error {
 		return sandbox.Unsupportedf("spec.machine", "is not possible with driver %s; give spec.image", Name)
 	case spec.User != "":
 		return sandbox.Unsupportedf("spec.user", "is not possible with driver %s", Name)
+	case !spec.Egress.IsZero() && !d.policed:
+		return sandbox.Unsupportedf("spec.egress", "cannot be enforced by driver %s", Name)
 	case spec.Resources.CPUMillis != 0 && !limits.CPU:
 		return sandbox.Unsupportedf("spec.resources.cpu_millis", "cannot be enforced by driver %s", Name)
 	case spec.Resources.MemoryMiB != 0 && !limits.Memory:
 		return sandbox.Unsupportedf("spec.resources.memory_mib", "cannot be enforced by driver %s", Name)
 	case spec.Resources.Pids != 0 && !limits.Pids:
 		return sandbox.Unsupportedf("spec.resources.pids", "cannot be enforced by driver %s", Name)
+	}
+	for i, m := range spec.Mounts {
+		if m.Kind == sandbox.MountDisk {
+			return sandbox.Unsupportedf(fmt.Sprintf("spec.mounts[%d].kind", i), "disk is not possible with driver %s", Name)
+		}
 	}
 	if spec.Image != Image {
 		info, err := os.Stat(spec.Image)
@@ -166,17 +169,12 @@ func startDelay(raw json.RawMessage) (time.Duration, error) {
 	return delay, nil
 }
 
-// boxes is the folder with a folder for each sandbox.
-func (d *Driver) boxes() string { return filepath.Join(d.cfg.Root, d.cfg.Owner, "boxes") }
+// boxes are the sandboxes of this driver's owner.
+func (d *Driver) boxes() shim.Boxes { return shim.Boxes{Root: filepath.Join(d.cfg.Root, d.cfg.Owner)} }
 
-// box returns where ref's sandbox is, or would be.
-func (d *Driver) box(ref sandbox.Ref) (box, error) {
-	if err := sandbox.ValidateName("id", ref.ID); err != nil {
-		return box{}, err
-	}
-	return box{
-		id:    ref.ID,
-		dir:   filepath.Join(d.boxes(), ref.ID),
-		mutex: filepath.Join(d.cfg.Root, d.cfg.Owner, "locks", ref.ID),
-	}, nil
+// made is what Create writes.
+type made struct {
+	Dir  string // of the Ref
+	Root string
+	Spec sandbox.Spec
 }

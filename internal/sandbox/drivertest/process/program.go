@@ -49,7 +49,7 @@ func (v view) host(s string) string {
 
 // guestd returns the first process of the sandbox, yet to be started. guest is
 // the folder of the guest channel's sockets, open.
-func (m made) guestd(root, secrets string, guest *os.File) (*exec.Cmd, error) {
+func (m made) guestd(secrets string, guest *os.File) (*exec.Cmd, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -69,7 +69,7 @@ func (m made) guestd(root, secrets string, guest *os.File) (*exec.Cmd, error) {
 	cmd := &exec.Cmd{
 		Path:        self,
 		Args:        args,
-		Env:         baseEnvironment(root),
+		Env:         baseEnvironment(m.Root),
 		Dir:         v.host(cmp.Or(m.Spec.WorkingDir, "/")),
 		ExtraFiles:  []*os.File{guest},
 		SysProcAttr: confined(),
@@ -108,16 +108,16 @@ func exitCode(state *os.ProcessState) int {
 
 // running returns what a running sandbox was made of.
 func (d *Driver) running(ctx context.Context, ref sandbox.Ref) (made, error) {
-	o, _, err := d.settled(ctx, ref)
+	b, err := d.boxes().Box(ref.ID)
 	if err != nil {
 		return made{}, err
 	}
-	b, err := d.box(ref)
+	o, _, err := b.Settled(ctx)
 	if err != nil {
 		return made{}, err
 	}
 	var m made
-	found, err := b.load("made.json", &m)
+	found, err := b.Made(&m)
 	switch {
 	case err != nil:
 		return made{}, err
@@ -127,15 +127,6 @@ func (d *Driver) running(ctx context.Context, ref sandbox.Ref) (made, error) {
 		return made{}, fmt.Errorf("%w: it does not run", sandbox.ErrState)
 	}
 	return m, nil
-}
-
-// Dial implements sandbox.Driver.
-func (d *Driver) Dial(ctx context.Context, ref sandbox.Ref, port uint32) (net.Conn, error) {
-	conn, err := d.dial(ctx, ref, port)
-	if err != nil {
-		return nil, failed("dial", ref, fmt.Errorf("port %d: %w", port, err))
-	}
-	return conn, nil
 }
 
 func (d *Driver) dial(ctx context.Context, ref sandbox.Ref, port uint32) (net.Conn, error) {

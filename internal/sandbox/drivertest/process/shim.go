@@ -1,33 +1,33 @@
 package process
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"runtime"
-	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/choiros/agent/internal/shim"
 )
 
-// shim is the process that runs one life of one sandbox.
-type shim struct {
-	box      box
-	life     life
-	alive    *os.File // locked
-	ending   *os.File // closing it, by ending, tells that this life is over
-	requests *os.File
-	log      *logWriter
-	output   sync.WaitGroup // copying what the workload prints
-	streams  []*os.File
-	cmd      *exec.Cmd // guestd
+// life is one life of one sandbox, in its shim.
+type life struct {
+	*shim.Shim
+	output  sync.WaitGroup // copying what the workload prints
+	streams []*os.File
+	cmd     *exec.Cmd // guestd
+
+	console  *console
+	requests chan request // to pause and to resume
+
+	// Of the goroutine that supervises.
+	paused bool
+	halted []int // whom pausing has halted
 }
 
 // runShim is a shim's main program. Its one argument is the box's folder.
@@ -35,23 +35,19 @@ func runShim(args []string) int {
 	// guestd is killed when the thread that started it ends, and that is to be
 	// when this process does: prctl(2), PR_SET_PDEATHSIG.
 	runtime.LockOSThread()
-	// Handled and dropped rather than ignored, for that guestd would inherit.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM)
-	syscall.CloseOnExec(mutexDescriptor)
-	syscall.CloseOnExec(reportDescriptor)
-	mutex := os.NewFile(mutexDescriptor, "mutex")
-	report := os.NewFile(reportDescriptor, "report")
-
-	s := &shim{box: box{dir: args[0]}}
-	if err := s.begin(); err != nil {
-		_, _ = report.WriteString(err.Error())
+	s, err := shim.Enter(args[0])
+	if err != nil {
 		return 1
 	}
-	mutex.Close()
-	// Whoever is to read it may be gone.
-	_, _ = report.WriteString(started)
-	report.Close()
-	if err := s.supervise(); err != nil {
+	l := &life{Shim: s, console: newConsole(), requests: make(chan request)}
+	if err := l.begin(); err != nil {
+		s.Fail(err)
+		return 1
+	}
+	if err := s.Started(); err != nil {
+		return 1
+	}
+	if err := l.supervise(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -59,89 +55,43 @@ func runShim(args []string) int {
 }
 
 // begin brings a new life to where its guestd runs.
-func (s *shim) begin() error {
+func (l *life) begin() error {
 	var m made
-	if found, err := s.box.load("made.json", &m); err != nil {
+	if found, err := l.Box.Made(&m); err != nil {
 		return err
 	} else if !found {
 		return errors.New("it was deleted")
 	}
-	var err error
-	if s.alive, err = os.OpenFile(s.box.path("alive"), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
-		return err
-	}
-	// Waits for the shim of the life before, which has written its end and has
-	// nothing left to do but to exit.
-	lock := syscall.Flock_t{Type: syscall.F_WRLCK}
-	if err := syscall.FcntlFlock(s.alive.Fd(), syscall.F_SETLKW, &lock); err != nil {
-		return fmt.Errorf("lock %s: %w", s.alive.Name(), err)
-	}
-	if err := s.makeFIFOs(); err != nil {
-		return err
-	}
-	if s.log, err = openLog(s.box); err != nil {
-		return err
-	}
-	guest, secrets := filepath.Join(m.Dir, "guest"), s.box.path("secrets")
+	guest, secrets := filepath.Join(m.Dir, "guest"), l.Box.Path("secrets")
 	for _, dir := range []string{guest, secrets} {
 		if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700)); err != nil {
 			return err
 		}
+	}
+	if err := os.Remove(l.Box.Path(refusedRecord)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	delay, err := startDelay(m.Spec.DriverOptions)
 	if err != nil {
 		return err
 	}
 	time.Sleep(delay)
+	if err := l.listen(); err != nil {
+		return err
+	}
 	if err := becomeReaper(); err != nil {
 		return err
 	}
-	if err := s.startGuestd(m, guest, secrets); err != nil {
-		return err
-	}
-	s.life.StartedAt = time.Now()
-	if s.life.Boot, err = bootID(); err != nil {
-		return err
-	}
-	return s.box.save("life.json", s.life)
+	return l.startGuestd(m, guest, secrets)
 }
 
-// makeFIFOs numbers this life and makes the FIFOs for it.
-func (s *shim) makeFIFOs() error {
-	var last life
-	if _, err := s.box.load("life.json", &last); err != nil {
-		return err
-	}
-	s.life.Number = last.Number + 1
-	for number := last.Number; number <= s.life.Number; number++ {
-		for _, name := range []string{s.box.lifeFIFO(number), s.box.stopFIFO(number)} {
-			if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-		}
-	}
-	open := func(name string) (*os.File, error) {
-		if err := syscall.Mkfifo(name, 0o600); err != nil {
-			return nil, fmt.Errorf("make %s: %w", name, err)
-		}
-		// For both directions, so that there is always an other end: fifo(7).
-		return os.OpenFile(name, os.O_RDWR|syscall.O_NONBLOCK, 0)
-	}
-	var err error
-	if s.ending, err = open(s.box.lifeFIFO(s.life.Number)); err != nil {
-		return err
-	}
-	s.requests, err = open(s.box.stopFIFO(s.life.Number))
-	return err
-}
-
-func (s *shim) startGuestd(m made, guest, secrets string) error {
+func (l *life) startGuestd(m made, guest, secrets string) error {
 	folder, err := os.Open(guest)
 	if err != nil {
 		return err
 	}
 	defer folder.Close()
-	if s.cmd, err = m.guestd(rootOf(s.box.dir), secrets, folder); err != nil {
+	if l.cmd, err = m.guestd(secrets, folder); err != nil {
 		return err
 	}
 	var writers [2]*os.File
@@ -152,61 +102,57 @@ func (s *shim) startGuestd(m made, guest, secrets string) error {
 		}
 		defer writer.Close()
 		writers[i] = writer
-		s.streams = append(s.streams, reader)
+		l.streams = append(l.streams, reader)
 	}
-	s.cmd.Stdout, s.cmd.Stderr = writers[0], writers[1]
-	if err := s.cmd.Start(); err != nil {
+	l.cmd.Stdout, l.cmd.Stderr = writers[0], writers[1]
+	if err := l.cmd.Start(); err != nil {
 		return err
 	}
-	for i, stream := range s.streams {
-		s.output.Go(func() { s.log.copy(stream, i == 1) })
+	for i, stream := range l.streams {
+		l.output.Go(func() { l.Log.Copy(stream, i == 1) })
 	}
 	return nil
 }
 
 // supervise stops guestd when asked to, and returns when it has ended and that
 // is written down.
-func (s *shim) supervise() error {
-	stops, ended := make(chan time.Duration), make(chan struct{})
+func (l *life) supervise() error {
+	ended := make(chan struct{})
 	go func() {
-		lines := bufio.NewScanner(s.requests)
-		for lines.Scan() {
-			if grace, err := strconv.ParseInt(strings.TrimSpace(lines.Text()), 10, 64); err == nil {
-				stops <- time.Duration(grace)
-			}
-		}
-	}()
-	go func() {
-		awaitExit(s.cmd.Process)
+		awaitExit(l.cmd.Process)
 		close(ended)
 	}()
-
 	var deadline time.Time
 	kill := time.NewTimer(0)
 	<-kill.C
 	for {
 		select {
-		case grace := <-stops:
+		case grace := <-l.Stops:
 			if grace <= 0 {
-				_ = s.cmd.Process.Kill()
+				_ = l.cmd.Process.Kill()
 				continue
 			}
-			_ = s.cmd.Process.Signal(syscall.SIGTERM)
+			if err := l.resume(); err != nil {
+				return err
+			}
+			_ = l.cmd.Process.Signal(syscall.SIGTERM)
 			if until := time.Now().Add(grace); deadline.IsZero() || until.Before(deadline) {
 				deadline = until
 				kill.Reset(grace)
 			}
+		case r := <-l.requests:
+			r.done <- l.carryOut(r.order)
 		case <-kill.C:
-			_ = s.cmd.Process.Kill()
+			_ = l.cmd.Process.Kill()
 		case <-ended:
-			return s.finish()
+			return l.finish()
 		}
 	}
 }
 
 // finish writes down how guestd ended.
-func (s *shim) finish() error {
-	err := s.cmd.Wait()
+func (l *life) finish() error {
+	err := l.cmd.Wait()
 	var status *exec.ExitError
 	if err != nil && !errors.As(err, &status) {
 		return err
@@ -217,12 +163,9 @@ func (s *shim) finish() error {
 		fmt.Fprintln(os.Stderr, err)
 	}
 	// Nobody is left who could hold the streams open.
-	for _, stream := range s.streams {
+	for _, stream := range l.streams {
 		_ = stream.SetReadDeadline(finished.Add(time.Second))
 	}
-	s.output.Wait()
-	if s.log.err != nil {
-		fmt.Fprintln(os.Stderr, "write log:", s.log.err)
-	}
-	return s.box.save("end.json", end{Life: s.life, FinishedAt: finished, ExitCode: exitCode(s.cmd.ProcessState)})
+	l.output.Wait()
+	return l.Finish(shim.End{FinishedAt: finished, ExitCode: exitCode(l.cmd.ProcessState)})
 }

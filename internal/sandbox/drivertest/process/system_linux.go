@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -14,20 +13,9 @@ import (
 	"unsafe"
 )
 
-// detached makes a process that outlives this one and its terminal.
-func detached() *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{Setsid: true, PidFD: new(int)}
-}
-
 // confined makes a process group that does not outlive the calling thread.
 func confined() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
-}
-
-// bootID tells this boot of the host from every other: random(4).
-func bootID() (string, error) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(id)), err
 }
 
 // socketPath is a path for a socket in an open folder, given by its descriptor
@@ -92,52 +80,68 @@ func descendants(pid int) []int {
 	return found
 }
 
-// reap sees to it that a child is waited for once it ends, should this process
-// live that long: else it would stay as a zombie. The goroutine waits for
-// nothing else, and so nobody waits for it; it costs no thread.
-func reap(cmd *exec.Cmd) {
-	pidfd := *cmd.SysProcAttr.PidFD
-	if pidfd < 0 || syscall.SetNonblock(pidfd, true) != nil {
-		go func() { _ = cmd.Wait() }()
-		return
-	}
-	child := os.NewFile(uintptr(pidfd), "pidfd") // in the poller: pidfd_open(2)
-	_ = cmd.Process.Release()
-	go func() {
-		defer child.Close()
-		conn, err := child.SyscallConn()
-		if err != nil {
-			return
+// halt stops all that descends from this process, and returns whom it has
+// stopped. It returns once nobody runs: what was sent SIGSTOP and still does
+// may be forking.
+func halt(int) (halted []int, err error) {
+	told := map[int]bool{}
+	// A process may have forked between the look at its children and its stop,
+	// so nobody may run twice in a row.
+	for deadline, quiet := time.Now().Add(reapLimit), 0; quiet < 2; {
+		running := 0
+		for _, pid := range descendants(os.Getpid()) {
+			state := stateOf(pid)
+			// One that waits for a child of vfork(2) stops right after that.
+			if strings.ContainsRune("TtZX", state) || state == 'D' && told[pid] {
+				continue
+			}
+			running++
+			told[pid] = true
+			_ = syscall.Kill(pid, syscall.SIGSTOP)
 		}
-		_ = conn.Read(func(pidfd uintptr) bool {
-			return !errors.Is(waitid(pidfdType, pidfd, syscall.WEXITED), syscall.EAGAIN)
-		})
-	}()
+		if quiet++; running > 0 {
+			quiet = 0
+			time.Sleep(200 * time.Microsecond)
+		}
+		if time.Now().After(deadline) {
+			err = errors.New("processes of the sandbox do not stop")
+			break
+		}
+	}
+	for pid := range told {
+		halted = append(halted, pid)
+	}
+	return halted, err
+}
+
+// carryOn lets those go on whom halt has stopped.
+func carryOn(halted []int) {
+	for _, pid := range halted {
+		_ = syscall.Kill(pid, syscall.SIGCONT)
+	}
+}
+
+// stateOf returns the state of a process, 'X' if there is none; see
+// proc_pid_stat(5).
+func stateOf(pid int) rune {
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, rest, found := strings.Cut(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " ")
+	if !found || rest == "" {
+		return 'X'
+	}
+	return rune(rest[0])
 }
 
 // awaitExit returns when a child has ended, and leaves it to be waited for: so
 // long, its pid is nobody else's. See waitid(2).
 func awaitExit(process *os.Process) {
-	_ = waitid(pidType, uintptr(process.Pid), syscall.WEXITED|syscall.WNOWAIT)
-}
-
-// What the second argument of waitid(2) is.
-const (
-	pidType   = 1
-	pidfdType = 3
-)
-
-func waitid(idType, id uintptr, options int) error {
+	const byPid = 1
 	var info [128]byte // siginfo_t
 	for {
-		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, idType, id,
-			uintptr(unsafe.Pointer(&info)), uintptr(options), 0, 0)
-		switch err {
-		case 0:
-			return nil
-		case syscall.EINTR:
-		default:
-			return err
+		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, byPid, uintptr(process.Pid),
+			uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+		if err != syscall.EINTR {
+			return
 		}
 	}
 }

@@ -6,15 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"syscall"
 )
 
-func detached() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setsid: true} }
-
 func confined() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setsid: true} }
-
-func bootID() (string, error) { return "", nil }
 
 func socketPath(dir int, name string) string { return fmt.Sprintf("/dev/fd/%d/%s", dir, name) }
 
@@ -22,9 +17,18 @@ func becomeReaper() error { return nil }
 
 func killDescendants() error { return nil }
 
-func awaitExit(process *os.Process) { _, _ = process.Wait() }
+// halt stops the process group of guestd, which is all that it is known of.
+func halt(guestd int) (halted []int, err error) {
+	return []int{-guestd}, syscall.Kill(-guestd, syscall.SIGSTOP)
+}
 
-func reap(cmd *exec.Cmd) { go func() { _ = cmd.Wait() }() }
+func carryOn(halted []int) {
+	for _, group := range halted {
+		_ = syscall.Kill(group, syscall.SIGCONT)
+	}
+}
+
+func awaitExit(process *os.Process) { _, _ = process.Wait() }
 
 // Processes returns the pids of all processes that live and run for a sandbox
 // under the given root.

@@ -38,6 +38,9 @@ type faulty struct {
 	validate func(ctx context.Context, spec sandbox.Spec) error
 	resize   func(ctx context.Context, ref sandbox.Ref, limits sandbox.Resources) error
 	logs     func(ctx context.Context, ref sandbox.Ref, opts sandbox.LogOptions, yield func(sandbox.LogEntry) error) error
+	pause    func(ctx context.Context, ref sandbox.Ref) error
+	resume   func(ctx context.Context, ref sandbox.Ref) error
+	console  func(ctx context.Context, ref sandbox.Ref) (net.Conn, error)
 }
 
 func (f *faulty) Create(ctx context.Context, ref sandbox.Ref, spec sandbox.Spec) error {
@@ -85,6 +88,7 @@ func flawless(root, owner string) *faulty {
 		create: d.Create, start: d.Start, stop: d.Stop, delete: d.Delete,
 		inspect: d.Inspect, wait: d.Wait, list: d.List, dial: d.Dial,
 		validate: d.Validate, logs: d.Logs,
+		pause: d.Pause, resume: d.Resume, console: d.Console,
 	}
 }
 
@@ -99,7 +103,7 @@ type fault struct {
 }
 
 func faults() []fault {
-	return slices.Concat(faultsOfState(), faultsOfDelete(), faultsOfTime(), faultsOfGuests(), faultsOfAbilities())
+	return slices.Concat(faultsOfState(), faultsOfDelete(), faultsOfTime(), faultsOfGuests(), faultsOfAbilities(), faultsOfPausing(), faultsOfConsoles())
 }
 
 // faultsOfState are of what is done twice, or to nothing.
@@ -377,7 +381,7 @@ func opener(t *testing.T, root string) func(owner string) sandbox.Driver {
 	t.Helper()
 	name, found := os.LookupEnv(wrongVariable)
 	if !found {
-		return func(owner string) sandbox.Driver { return process.New(process.Config{Root: root, Owner: owner}) }
+		return func(owner string) sandbox.Driver { return process.NewPoliced(process.Config{Root: root, Owner: owner}) }
 	}
 	i := slices.IndexFunc(faults(), func(f fault) bool { return f.name == name })
 	if i < 0 {
