@@ -39,12 +39,53 @@ func scenario(h *crashHost, name string) {
 	h.mutate(name, "start", true)
 	h.mutate(name, "restart", true)
 	h.inUse(name, second)
+	h.pauseAndWake(name, second)
+	h.inUse(name, second)
 	h.mutate(name, "delete", false)
 	for _, address := range []string{first, second} {
 		if said, err := call(h.t.Context(), address); !errors.Is(err, syscall.ECONNREFUSED) {
 			h.t.Errorf("after %s was deleted %s says %q, %v", name, address, said, err)
 		}
 	}
+}
+
+// pauseAndWake pauses a sandbox twice: once it is told to go on, once somebody
+// connects. It does nothing where no sandbox can be paused.
+func (h *crashHost) pauseAndWake(name, address string) {
+	h.t.Helper()
+	if _, pauses := h.driver().(sandbox.Pauser); !pauses {
+		return
+	}
+	is := func(phase agentv1.Phase, paused bool) {
+		h.t.Helper()
+		h.eventually(name+" is "+phase.String(), func() error {
+			now, err := h.client().GetSandbox(h.t.Context(), &agentv1.GetSandboxRequest{Name: name})
+			if err != nil {
+				return err
+			}
+			obs, err := h.driver().Inspect(h.t.Context(), sandbox.Ref{ID: name, Dir: filepath.Join(h.state, "sandboxes", name)})
+			if got := now.GetSandbox().GetStatus().GetPhase(); err == nil && (got != phase || obs.Paused != paused) {
+				err = fmt.Errorf("it is %s, and paused on the host: %t", got, obs.Paused)
+			}
+			return err
+		})
+	}
+	for _, resume := range []bool{true, false} {
+		h.insist(name+" pause", func(ctx context.Context, id string) error {
+			_, err := h.client().PauseSandbox(ctx, &agentv1.PauseSandboxRequest{Name: name, RequestId: id})
+			return err
+		})
+		is(agentv1.Phase_PHASE_PAUSED, true)
+		if resume {
+			h.insist(name+" resume", func(ctx context.Context, id string) error {
+				_, err := h.client().ResumeSandbox(ctx, &agentv1.ResumeSandboxRequest{Name: name, RequestId: id})
+				return err
+			})
+			is(agentv1.Phase_PHASE_READY, false)
+		}
+	}
+	h.reach(name, address)
+	is(agentv1.Phase_PHASE_READY, false)
 }
 
 // boxNumber tells sandboxes that live at the same time apart: it is that at the

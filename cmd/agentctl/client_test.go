@@ -201,7 +201,7 @@ func TestFieldPlaceNamesFlagAndKey(t *testing.T) {
 		"spec.image":                  "--image (image in sandbox.yaml)",
 		"sandbox.name":                "NAME (name in sandbox.yaml)",
 		"spec.machine_class":          "--class (class in sandbox.yaml)",
-		"spec.mounts[1].source":       "--workspace or --data (workspace and data in sandbox.yaml)",
+		"spec.mounts[1].source":       "--workspace, --data or --disk (workspace, data and disks in sandbox.yaml)",
 		"spec.readiness.http.port":    "--ready-http (ready.http in sandbox.yaml)",
 		"spec.env[FOO]":               "--env (env in sandbox.yaml)",
 		"spec.driver_options.network": "--option (options in sandbox.yaml)",

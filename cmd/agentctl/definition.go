@@ -104,6 +104,30 @@ func newMount(kind agentv1.Mount_Kind, source, target string, readOnly bool, p p
 	return m, nil
 }
 
+// parseDisk reads PATH:TARGET:SIZE.
+func parseDisk(s string, p paths) (*agentv1.Mount, error) {
+	parts := strings.Split(s, ":")
+	if len(parts) != 3 {
+		return nil, fmt.Errorf("%q is not of the form PATH:TARGET:SIZE", s)
+	}
+	size, err := parseMemory(parts[2])
+	if err != nil {
+		return nil, err
+	}
+	return newDisk(parts[0], parts[1], size, p)
+}
+
+func newDisk(source, target string, sizeMiB uint64, p paths) (*agentv1.Mount, error) {
+	path, err := p.resolve(source)
+	if err != nil {
+		return nil, err
+	}
+	if !strings.HasPrefix(target, "/") {
+		return nil, fmt.Errorf("target %q is not absolute", target)
+	}
+	return &agentv1.Mount{Kind: agentv1.Mount_KIND_DISK, Source: path, Target: target, SizeMib: sizeMiB}, nil
+}
+
 func orElse(s, otherwise string) string {
 	if s == "" {
 		return otherwise
@@ -122,10 +146,11 @@ func (d *definition) setWorkspace(m *agentv1.Mount) {
 	}
 }
 
-// addData adds a data mount, in place of one with the same target.
-func (d *definition) addData(m *agentv1.Mount) {
+// addMount adds a data mount or a disk, in place of one of its kind with the
+// same target.
+func (d *definition) addMount(m *agentv1.Mount) {
 	d.spec.Mounts = replace(d.spec.Mounts, m, func(o *agentv1.Mount) bool {
-		return o.GetKind() == agentv1.Mount_KIND_DATA && o.GetTarget() == m.GetTarget()
+		return o.GetKind() == m.GetKind() && o.GetTarget() == m.GetTarget()
 	})
 }
 

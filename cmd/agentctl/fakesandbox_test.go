@@ -152,6 +152,9 @@ func (s *fakeSandbox) boot() (*agentv1.Sandbox, error) {
 	s.sb.DesiredState = agentv1.DesiredState_DESIRED_STATE_RUNNING
 	already := s.message()
 	f.mu.Unlock()
+	if already.GetStatus().GetPhase() == agentv1.Phase_PHASE_PAUSED {
+		return s.resumed(), nil
+	}
 	if running {
 		return already, nil
 	}
@@ -370,6 +373,8 @@ func (f *fakeAgent) UpdateSandbox(_ context.Context, req *agentv1.UpdateSandboxR
 			s.sb.Labels = maps.Clone(req.GetSandbox().GetLabels())
 		case "spec.idle":
 			s.sb.Spec.Idle = req.GetSandbox().GetSpec().GetIdle()
+		case "spec.egress":
+			s.sb.Spec.Egress = req.GetSandbox().GetSpec().GetEgress()
 		default:
 			return nil, fail(sandbox.Invalidf("update_mask", "%q cannot be changed", path), req.GetSandbox().GetName())
 		}

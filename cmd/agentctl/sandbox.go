@@ -27,8 +27,8 @@ func (a *app) sandboxCommand() *cobra.Command {
   agentctl sandbox delete web`,
 	}
 	cmd.AddCommand(a.sandboxStart(), a.sandboxStop(), a.sandboxRestart(), a.sandboxDelete(), a.sandboxList(),
-		a.sandboxShow(), a.sandboxLogs(), a.sandboxWatch(), a.sandboxExec(), a.sandboxShell(), a.sandboxCopy(),
-		a.sandboxUpdate(), a.sandboxTouch())
+		a.sandboxPause(), a.sandboxResume(), a.sandboxShow(), a.sandboxLogs(), a.sandboxWatch(), a.sandboxExec(),
+		a.sandboxShell(), a.sandboxConsole(), a.sandboxCopy(), a.sandboxUpdate(), a.sandboxTouch())
 	return cmd
 }
 
@@ -250,7 +250,8 @@ func (a *app) sandboxUpdate() *cobra.Command {
 		Use:   "update NAME",
 		Short: "Change a sandbox's labels or when it counts as idle",
 		Long: `Change what can be changed of a sandbox that exists: its labels and its idle
-policy. For anything else, delete it and start it anew.`,
+policy. ("agentctl egress set" changes what it may connect to.) For anything else,
+delete it and start it anew.`,
 		Example: `  agentctl sandbox update web --label tier=web --label old-
   agentctl sandbox update web --idle 2h
   agentctl sandbox update web --idle off`,

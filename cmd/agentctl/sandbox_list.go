@@ -140,7 +140,7 @@ func phasePaint(t terminal, p agentv1.Phase) func(string) string {
 		return t.green
 	case agentv1.Phase_PHASE_FAILED, agentv1.Phase_PHASE_BACKOFF:
 		return t.red
-	case agentv1.Phase_PHASE_STOPPED, agentv1.Phase_PHASE_HIBERNATED:
+	case agentv1.Phase_PHASE_STOPPED, agentv1.Phase_PHASE_HIBERNATED, agentv1.Phase_PHASE_PAUSED:
 		return t.dim
 	}
 	return t.yellow
@@ -150,7 +150,7 @@ func phasePaint(t terminal, p agentv1.Phase) func(string) string {
 func uptime(sb *agentv1.Sandbox, now time.Time) string {
 	status := sb.GetStatus()
 	switch status.GetPhase() {
-	case agentv1.Phase_PHASE_READY, agentv1.Phase_PHASE_STARTING, agentv1.Phase_PHASE_STOPPING:
+	case agentv1.Phase_PHASE_READY, agentv1.Phase_PHASE_STARTING, agentv1.Phase_PHASE_STOPPING, agentv1.Phase_PHASE_PAUSED:
 		if started := status.GetStartTime(); started != nil {
 			return age(now.Sub(started.AsTime()))
 		}

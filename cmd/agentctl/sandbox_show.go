@@ -113,10 +113,13 @@ func specLines(p *page, spec *agentv1.SandboxSpec) {
 	p.each("Env", pairs(spec.GetEnv()))
 	for _, m := range spec.GetMounts() {
 		key, mode := "Workspace", "read-only"
-		if m.GetKind() == agentv1.Mount_KIND_DATA {
-			key = "Data"
+		switch m.GetKind() {
+		case agentv1.Mount_KIND_DATA:
+			key, mode = "Data", "read-write"
+		case agentv1.Mount_KIND_DISK:
+			key, mode = "Disk", size(m.GetSizeMib()<<20)
 		}
-		if m.GetReadWrite() || m.GetKind() == agentv1.Mount_KIND_DATA {
+		if m.GetReadWrite() {
 			mode = "read-write"
 		}
 		p.add(key, fmt.Sprintf("%s at %s (%s)", m.GetSource(), m.GetTarget(), mode))
@@ -129,6 +132,7 @@ func specLines(p *page, spec *agentv1.SandboxSpec) {
 		secrets = append(secrets, secretText(s))
 	}
 	p.each("Ports", ports)
+	p.each("Egress", egressWords(spec.GetEgress()))
 	p.each("Secrets", secrets)
 	if r := spec.GetSecretRotation(); r.GetAction() != agentv1.SecretRotation_ACTION_UNSPECIFIED {
 		text := lowerName(r.GetAction().String(), "ACTION_")

@@ -92,6 +92,8 @@ func (s *specFile) keys() map[string]func(*yaml.Node, string) error {
 		"pids":       parsed(s.reader, parseCount, func(v uint32) { d.resources().Pids = v }),
 		"workspace":  s.workspace,
 		"data":       s.data,
+		"disks":      s.disks,
+		"egress":     s.egress,
 		"ports":      s.ports,
 		"secrets":    s.secrets,
 
@@ -173,11 +175,11 @@ func (s *specFile) data(n *yaml.Node, path string) error {
 		if n.Kind == yaml.ScalarNode {
 			return parsed(s.reader, func(v string) (*agentv1.Mount, error) {
 				return parseMount(agentv1.Mount_KIND_DATA, v, s.paths)
-			}, s.def.addData)(n, path)
+			}, s.def.addMount)(n, path)
 		}
 		m, err := s.mount(agentv1.Mount_KIND_DATA, n, path)
 		if err == nil {
-			s.def.addData(m)
+			s.def.addMount(m)
 		}
 		return err
 	})

@@ -46,6 +46,96 @@ func (s *specFile) autoForward(n *yaml.Node, path string) error {
 	})
 }
 
+// disks reads one disk or a list of them: PATH:TARGET:SIZE, or {path, target,
+// size}.
+func (s *specFile) disks(n *yaml.Node, path string) error {
+	return s.items(n, path, func(n *yaml.Node, path string) error {
+		if n.Kind == yaml.ScalarNode {
+			return parsed(s.reader, func(v string) (*agentv1.Mount, error) { return parseDisk(v, s.paths) }, s.def.addMount)(n, path)
+		}
+		source, target, size := "", "", uint64(0)
+		err := s.fields(n, path, map[string]func(*yaml.Node, string) error{
+			"path":   parsed(s.reader, nonEmpty, func(v string) { source = v }),
+			"target": parsed(s.reader, nonEmpty, func(v string) { target = v }),
+			"size":   parsed(s.reader, parseMemory, func(v uint64) { size = v }),
+		})
+		if err == nil && (source == "" || target == "" || size == 0) {
+			return s.errorf(n, path, "needs a path, a target and a size")
+		}
+		if err != nil {
+			return err
+		}
+		m, err := newDisk(source, target, size, s.paths)
+		if err == nil {
+			s.def.addMount(m)
+		}
+		return s.at(n, path, err)
+	})
+}
+
+// egress reads allow, deny, one rule or a list of such texts, or {mode, rules,
+// deny_private}.
+func (s *specFile) egress(n *yaml.Node, path string) error {
+	switch n.Kind {
+	case yaml.ScalarNode:
+		return parsed(s.reader, parseEgress, func(e *agentv1.Egress) { s.def.spec.Egress = e })(n, path)
+	case yaml.SequenceNode:
+		var words []string
+		err := s.items(n, path, parsed(s.reader, nonEmpty, func(v string) { words = append(words, v) }))
+		if err != nil {
+			return err
+		}
+		s.def.spec.Egress, err = egressOf(words)
+		return s.at(n, path, err)
+	}
+	e := &agentv1.Egress{}
+	err := s.fields(n, path, map[string]func(*yaml.Node, string) error{
+		"mode":         parsed(s.reader, parseEgressMode, func(v agentv1.Egress_Mode) { e.Mode = v }),
+		"deny_private": s.flag(&e.DenyPrivate),
+		"rules": func(n *yaml.Node, path string) error {
+			return s.items(n, path, func(n *yaml.Node, path string) error {
+				rule, err := s.egressRule(n, path)
+				e.Rules = append(e.Rules, rule)
+				return err
+			})
+		},
+	})
+	switch {
+	case err != nil:
+		return err
+	case e.GetMode() == agentv1.Egress_MODE_UNSPECIFIED && len(e.GetRules()) > 0:
+		e.Mode = agentv1.Egress_MODE_LIST
+	case e.GetMode() == agentv1.Egress_MODE_UNSPECIFIED:
+		e.Mode = agentv1.Egress_MODE_ALLOW
+	case e.GetMode() != agentv1.Egress_MODE_LIST && len(e.GetRules()) > 0:
+		return s.errorf(n, join(path, "rules"), "is given, but the mode is not list")
+	}
+	s.def.spec.Egress = e
+	return nil
+}
+
+// egressRule reads NAME_OR_CIDR[:PORTS][/tcp|udp], or {name, cidr, ports,
+// protocol}.
+func (s *specFile) egressRule(n *yaml.Node, path string) (rule *agentv1.EgressRule, err error) {
+	if n.Kind == yaml.ScalarNode {
+		err = parsed(s.reader, parseEgressRule, func(v *agentv1.EgressRule) { rule = v })(n, path)
+		return rule, err
+	}
+	rule = &agentv1.EgressRule{}
+	err = s.fields(n, path, map[string]func(*yaml.Node, string) error{
+		"name":     parsed(s.reader, nonEmpty, func(v string) { rule.Name = v }),
+		"cidr":     parsed(s.reader, nonEmpty, func(v string) { rule.Cidr = v }),
+		"protocol": parsed(s.reader, parseEgressProtocol, func(v agentv1.EgressRule_Protocol) { rule.Protocol = v }),
+		"ports": func(n *yaml.Node, path string) error {
+			return s.items(n, path, parsed(s.reader, parsePortRange, func(v *agentv1.PortRange) { rule.Ports = append(rule.Ports, v) }))
+		},
+	})
+	if err == nil && (rule.GetName() == "") == (rule.GetCidr() == "") {
+		return rule, s.errorf(n, path, "needs either a name or a cidr")
+	}
+	return rule, err
+}
+
 // options reads anything that JSON can say; the driver decodes it.
 func (s *specFile) options(n *yaml.Node, path string) error {
 	return s.entries(n, path, func(name string, _, value *yaml.Node) error {

@@ -19,7 +19,7 @@ type startFlags struct {
 	file                               string
 	image, machine, driver, class      string
 	entrypoint, user, workdir          string
-	env, data, ports, secrets          []string
+	env, data, disks, ports, secrets   []string
 	cpus, memory, idle, restart        string
 	pids                               uint32
 	workspace                          string
@@ -29,6 +29,7 @@ type startFlags struct {
 	secretValues, envFiles             []string
 	keyless                            bool
 	onSecretChange, autoForward        string
+	egress                             string
 	labels, options                    []string
 	requestID                          string
 	noWait, dryRun                     bool
@@ -51,6 +52,7 @@ func (f *startFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.workspace, "workspace", "", "`PATH[:TARGET][:rw|ro]` to mount as workspace (default: this folder, READ-WRITE,\nat /workspace; end it in :ro to protect it)")
 	flags.BoolVar(&f.noWorkspace, "no-workspace", false, "mount no workspace")
 	flags.StringArrayVar(&f.data, "data", nil, "`PATH[:TARGET]` to mount as data, always writable, at /data")
+	flags.StringArrayVar(&f.disks, "disk", nil, "`PATH:TARGET:SIZE` of a disk image to mount, made if there is none; for virtual machines")
 	flags.StringArrayVarP(&f.ports, "port", "p", nil, "`[[BIND:]HOST:]GUEST[/udp]` port to make reachable on the host")
 	flags.StringArrayVar(&f.secrets, "secret", nil, "`NAME=SOURCE[,file][,optional]` to deliver, such as KEY=env-file:PATH")
 	flags.StringArrayVar(&f.secretValues, "secret-value", nil, "`NAME` of a secret whose value is asked for, or read from stdin (of several: a line each)")
@@ -58,6 +60,7 @@ func (f *startFlags) register(cmd *cobra.Command) {
 	flags.BoolVar(&f.keyless, "keyless", false, "refuse secrets and environment that are named like providers' keys")
 	flags.StringVar(&f.onSecretChange, "on-secret-change", "", "`what` becomes of the workload: leave, signal[:HUP] or restart (default leave)")
 	flags.StringVar(&f.autoForward, "auto-forward", "", "`what` becomes of ports found inside: off, offer or forward (default offer)")
+	flags.StringVar(&f.egress, "egress", "", "`policy` on what it may connect to: allow, deny, or\nNAME_OR_CIDR[:PORTS][/tcp|udp],...; also deny-private")
 	flags.StringVar(&f.readyExec, "ready-exec", "", "ready when this `command` succeeds inside")
 	flags.StringVar(&f.readyHTTP, "ready-http", "", "ready when `PORT[/PATH]` answers with a status from 200 to 399")
 	flags.StringVar(&f.readyTCP, "ready-tcp", "", "ready when this `port` accepts a connection")
@@ -178,7 +181,9 @@ func (f *startFlags) apply(cmd *cobra.Command, d *definition, p paths, getenv fu
 			}
 			return nil
 		}},
-		{"data", f.data, mount(agentv1.Mount_KIND_DATA, d.addData)},
+		{"data", f.data, mount(agentv1.Mount_KIND_DATA, d.addMount)},
+		{"disk", f.disks, setting(func(s string) (*agentv1.Mount, error) { return parseDisk(s, p) }, d.addMount)},
+		{"egress", []string{f.egress}, setting(parseEgress, func(v *agentv1.Egress) { spec.Egress = v })},
 		{"port", f.ports, setting(parsePort, d.addPort)},
 		{"ready-exec", []string{f.readyExec}, setting(parseWords, func(v []string) {
 			d.readiness().Probe = &agentv1.Readiness_Exec{Exec: &agentv1.ExecProbe{Command: v}}

@@ -50,8 +50,10 @@ func (m *Manager) Start(ctx context.Context, name string) (*Sandbox, error) {
 		if e.snap.Load().isReady() {
 			return e.view(), nil
 		}
-		if err := m.mayBoot(name); err != nil {
-			return nil, err
+		if s := e.snap.Load(); !s.isPaused() { // to let it go on is no boot
+			if err := m.mayBoot(name); err != nil {
+				return nil, err
+			}
 		}
 		f, _ := m.fly(e, func(ctx context.Context) error { return m.boot(ctx, e, byRequest) })
 		select {
@@ -98,8 +100,11 @@ const (
 // boot makes a sandbox run and become ready, from whatever state it is in. It
 // needs the operation lock.
 func (m *Manager) boot(ctx context.Context, e *entry, from origin) error {
-	if e.snap.Load().isReady() {
+	switch s := e.snap.Load(); {
+	case s.isReady():
 		return nil
+	case s.isPaused():
+		return m.resume(ctx, e)
 	}
 	if e.rec.Desired == store.DesiredDeleted {
 		return fmt.Errorf("start %s: it is being deleted: %w", e.name, sandbox.ErrState)
@@ -118,11 +123,19 @@ func (m *Manager) boot(ctx context.Context, e *entry, from origin) error {
 		}
 	}
 	e.made = false
+	if err := m.settleEgress(ctx, drv, e, obs); err != nil {
+		return m.bootFailed(ctx, drv, e, from, refused(err))
+	}
 	set, err := m.resolve(ctx, e)
 	if err != nil {
 		return m.bootFailed(ctx, drv, e, from, refused(err))
 	}
 	defer set.Wipe()
+	if obs.Paused { // by somebody else, before it was ready
+		if _, err := m.letGo(ctx, e); err != nil {
+			return m.bootFailed(ctx, drv, e, from, err)
+		}
+	}
 	if obs.State != sandbox.StateRunning {
 		if obs, err = m.launch(ctx, drv, e, obs); err != nil {
 			return m.bootFailed(ctx, drv, e, from, err)
@@ -141,8 +154,9 @@ func (m *Manager) boot(ctx context.Context, e *entry, from origin) error {
 	}
 	e.noteGiven(e.rec.Spec, set)
 	m.step("boot:done")
-	err = m.put(e, func(r *store.Record) { r.Desired, r.Pending = store.DesiredRunning, store.PendingNone },
-		m.becomeReady(e, obs))
+	err = m.put(e, func(r *store.Record) {
+		r.Desired, r.Pending, r.Paused = store.DesiredRunning, store.PendingNone, false
+	}, m.becomeReady(e, obs))
 	if err != nil {
 		// It runs and its intent is on disk as a boot under way: the next
 		// start of the agent finds it so and adopts it.
@@ -201,7 +215,7 @@ func (m *Manager) launch(ctx context.Context, drv sandbox.Driver, e *entry, obs 
 	err = m.put(e, func(r *store.Record) {
 		r.Desired, r.Pending, r.HostBoot = store.DesiredRunning, store.PendingBoot, m.hostBoot
 		r.Generation++
-		r.Reason, r.Failure, r.Resources = "", "", resources
+		r.Reason, r.Failure, r.Resources, r.Paused = "", "", resources, false
 	}, enter(PhaseStarting, "", ""))
 	if err != nil {
 		return obs, refused(err)

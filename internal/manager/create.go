@@ -127,6 +127,9 @@ func (m *Manager) draft(ctx context.Context, req CreateRequest) (store.Record, e
 	if err != nil {
 		return store.Record{}, err
 	}
+	if err := checkEgress(drv, spec); err != nil {
+		return store.Record{}, err
+	}
 	if err := m.checkSecrets(spec); err != nil {
 		return store.Record{}, err
 	}
@@ -159,8 +162,11 @@ func (m *Manager) draft(ctx context.Context, req CreateRequest) (store.Record, e
 func (m *Manager) askDriver(ctx context.Context, drv sandbox.Driver, spec sandbox.Spec, resources sandbox.Resources) error {
 	validator, ok := drv.(sandbox.Validator)
 	if !ok {
-		if spec.DriverOptions != nil {
+		switch {
+		case spec.DriverOptions != nil:
 			return sandbox.Invalidf("spec.driver_options", "driver %s has no options", spec.Driver)
+		case spec.Machine != "":
+			return sandbox.Unsupportedf("spec.machine", "driver %s boots none; give spec.image", spec.Driver)
 		}
 		return nil
 	}
@@ -172,10 +178,7 @@ func (m *Manager) askDriver(ctx context.Context, drv sandbox.Driver, spec sandbo
 
 // refuseUnsupported refuses what the API knows and this agent does not do.
 func refuseUnsupported(spec sandbox.Spec) error {
-	switch {
-	case spec.Machine != "":
-		return sandbox.Unsupportedf("spec.machine", "this agent has no driver that boots machines; give spec.image")
-	case spec.Idle.Action == sandbox.IdleHibernate:
+	if spec.Idle.Action == sandbox.IdleHibernate {
 		return sandbox.Unsupportedf("spec.idle.action", "no driver of this agent hibernates; use stop")
 	}
 	return nil
@@ -197,20 +200,18 @@ func (m *Manager) resources(spec sandbox.Spec) (sandbox.Resources, error) {
 	return spec.Resources.Or(class.Resources), nil
 }
 
-// checkMounts refuses mounts whose source is not a folder that may be shown.
+// checkMounts refuses mounts whose source is not a folder that may be shown, or
+// a disk's image that may be used or made.
 func (m *Manager) checkMounts(mounts []sandbox.Mount) error {
 	for i, mount := range mounts {
 		field := fmt.Sprintf("spec.mounts[%d].source", i)
-		real, err := filepath.EvalSymlinks(mount.Source)
-		if err != nil {
-			return sandbox.Invalidf(field, "%q cannot be used: %v", mount.Source, errors.Unwrap(err))
+		find := realFolder
+		if mount.Kind == sandbox.MountDisk {
+			find = realImage
 		}
-		info, err := os.Stat(real)
+		real, err := find(field, mount.Source)
 		if err != nil {
-			return sandbox.Invalidf(field, "%q cannot be used: %v", mount.Source, errors.Unwrap(err))
-		}
-		if !info.IsDir() {
-			return sandbox.Invalidf(field, "%q is not a folder", mount.Source)
+			return err
 		}
 		if state := m.store.Dir(); within(real, state) || within(state, real) {
 			return sandbox.Invalidf(field, "%q would show the agent's own state to the sandbox", mount.Source)
@@ -221,6 +222,46 @@ func (m *Manager) checkMounts(mounts []sandbox.Mount) error {
 		}
 	}
 	return nil
+}
+
+// realFolder is a folder without symbolic links.
+func realFolder(field, source string) (string, error) {
+	real, err := filepath.EvalSymlinks(source)
+	var info os.FileInfo
+	if err == nil {
+		info, err = os.Stat(real)
+	}
+	if err != nil {
+		return "", sandbox.Invalidf(field, "%q cannot be used: %v", source, errors.Unwrap(err))
+	}
+	if !info.IsDir() {
+		return "", sandbox.Invalidf(field, "%q is not a folder", source)
+	}
+	return real, nil
+}
+
+// realImage is a disk's image without symbolic links: a file, or one that is to
+// be made in a folder that is there.
+func realImage(field, source string) (string, error) {
+	info, err := os.Lstat(source)
+	if errors.Is(err, os.ErrNotExist) {
+		folder, err := realFolder(field, filepath.Dir(source))
+		return filepath.Join(folder, filepath.Base(source)), err
+	}
+	real := ""
+	if err == nil {
+		real, err = filepath.EvalSymlinks(source)
+	}
+	if err == nil {
+		info, err = os.Stat(real)
+	}
+	if err != nil {
+		return "", sandbox.Invalidf(field, "%q cannot be used: %v", source, errors.Unwrap(err))
+	}
+	if !info.Mode().IsRegular() {
+		return "", sandbox.Invalidf(field, "%q is not a file; name that of a disk's image", source)
+	}
+	return real, nil
 }
 
 func (m *Manager) mayMount(real string) bool {

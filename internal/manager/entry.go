@@ -135,7 +135,7 @@ func enter(phase Phase, reason, message string) func(*Sandbox) {
 	return func(s *Sandbox) {
 		s.Phase, s.Reason, s.Message = phase, reason, message
 		s.NextRestartAt = time.Time{}
-		if phase != PhaseReady {
+		if phase != PhaseReady && phase != PhasePaused {
 			s.ReadyAt = time.Time{}
 			s.GuestdVersion, s.Detected = "", nil
 		}

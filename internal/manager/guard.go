@@ -16,10 +16,12 @@ func (m *Manager) guard(drv sandbox.Driver, e *entry) {
 	ctx, cancel := context.WithCancel(m.life)
 	e.stopGuard = cancel
 	generation := e.rec.Generation
-	m.work.Go(func() { m.tend(ctx, drv, e, generation) })
-	ready := newSpares(generation)
-	e.spares.Store(ready)
-	m.work.Go(func() { ready.keep(ctx, m.guest(drv, e.name)) })
+	if !e.rec.Paused { // else nobody inside answers
+		m.work.Go(func() { m.tend(ctx, drv, e, generation) })
+		ready := newSpares(generation)
+		e.spares.Store(ready)
+		m.work.Go(func() { ready.keep(ctx, m.guest(drv, e.name)) })
+	}
 	m.work.Go(func() {
 		defer cancel()
 		pause := 100 * time.Millisecond
@@ -90,7 +92,7 @@ func (m *Manager) newLife(e *entry) error {
 	return m.put(e, func(r *store.Record) {
 		r.Desired, r.Pending, r.HostBoot = store.DesiredRunning, store.PendingBoot, m.hostBoot
 		r.Generation++
-		r.Reason, r.Failure = "", ""
+		r.Reason, r.Failure, r.Paused = "", "", false
 	}, nil)
 }
 
@@ -124,6 +126,7 @@ func (m *Manager) ended(e *entry, obs sandbox.Observation) {
 	}
 	err := m.put(e, func(r *store.Record) {
 		r.Desired, r.Pending, r.Reason, r.Failure = store.DesiredStopped, store.PendingNone, reason, failure
+		r.Paused = false
 	}, enter(phase, reason, message))
 	if err != nil {
 		// The next start of the agent comes to the same end.

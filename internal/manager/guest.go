@@ -49,9 +49,9 @@ type Visit struct {
 func (v *Visit) Leave() { v.leave() }
 
 // Visit returns the way to the guest of a sandbox that runs, or is becoming
-// ready. It counts as activity until it is left.
+// ready; one that is paused is resumed. It counts as activity until it is left.
 func (m *Manager) Visit(ctx context.Context, name string) (*Visit, error) {
-	s, err := m.Sandbox(ctx, name)
+	s, err := m.awake(ctx, name)
 	if err != nil {
 		return nil, err
 	}

@@ -52,7 +52,7 @@ func (m *Manager) stopIdle(now time.Time) {
 	m.mu.RLock()
 	for _, e := range m.entries {
 		s := e.snap.Load()
-		if !s.isReady() || s.Spec.Idle.Timeout == 0 {
+		if !s.isReady() && !s.isPaused() || s.Spec.Idle.Timeout == 0 {
 			continue
 		}
 		if m.forward.OpenConnections(e.name) > 0 {
@@ -100,7 +100,7 @@ func (m *Manager) stopIfIdle(e *entry, since time.Time) {
 	}
 	defer e.unlock()
 	before := e.snap.Load()
-	if !before.isReady() {
+	if !before.isReady() && !before.isPaused() {
 		return
 	}
 	// Ensure counts as activity first and looks at the phase then. So once
@@ -109,7 +109,7 @@ func (m *Manager) stopIfIdle(e *entry, since time.Time) {
 	m.see(e, enter(PhaseStopping, "IDLE", ""))
 	if e.lastActivity().After(since) || m.forward.OpenConnections(e.name) > 0 {
 		m.see(e, func(s *Sandbox) {
-			enter(PhaseReady, "", "")(s)
+			enter(before.Phase, before.Reason, before.Message)(s)
 			s.ReadyAt = before.ReadyAt
 		})
 		return

@@ -69,13 +69,17 @@ func (m *Manager) reconcile(ctx context.Context, e *entry) {
 		return
 	}
 	m.see(e, func(s *Sandbox) { observed(s, obs) })
+	if err := m.settleEgress(ctx, drv, e, obs); err != nil {
+		m.unavailable(e, PhaseUnknown, err)
+		return
+	}
 	switch {
 	case e.rec.Pending == store.PendingCreate:
 		m.resumeCreate(ctx, e)
 	case e.rec.Pending == store.PendingStop:
 		m.resumeStop(ctx, drv, e)
 	case e.rec.Desired == store.DesiredRunning:
-		m.resumeRun(drv, e, obs)
+		m.resumeRun(ctx, drv, e, obs)
 	case obs.State == sandbox.StateRunning:
 		m.log.Warn("running though it was stopped", "sandbox", e.name)
 		e.rec.Grace = DefaultGrace
@@ -134,7 +138,7 @@ func (m *Manager) resumeStop(ctx context.Context, drv sandbox.Driver, e *entry) 
 
 // resumeRun adopts a sandbox that runs as it should, and deals with one that
 // does not.
-func (m *Manager) resumeRun(drv sandbox.Driver, e *entry, obs sandbox.Observation) {
+func (m *Manager) resumeRun(ctx context.Context, drv sandbox.Driver, e *entry, obs sandbox.Observation) {
 	rebooted := e.rec.HostBoot != m.hostBoot
 	switch {
 	case obs.State == sandbox.StateRunning && rebooted:
@@ -142,18 +146,35 @@ func (m *Manager) resumeRun(drv sandbox.Driver, e *entry, obs sandbox.Observatio
 	case e.rec.Pending == store.PendingBoot:
 		m.bootLater(e)
 	case obs.State == sandbox.StateRunning:
-		e.admitted.Store(true)
-		m.see(e, func(s *Sandbox) {
-			enter(PhaseReady, "", "")(s)
-			s.ReadyAt, s.Exit = obs.StartedAt, nil
-		})
-		e.trouble = 0
-		m.log.Info("adopted", "sandbox", e.name, "generation", e.rec.Generation)
-		m.guard(drv, e)
+		m.adopt(ctx, drv, e, obs)
 	case obs.State != sandbox.StateExited || rebooted:
 		m.bootLater(e)
 	default:
 		m.ended(e, obs)
+	}
+}
+
+// adopt takes over a sandbox that was ready and runs. If it is not paused as its
+// record says, or paused as it does not, the pause or its end is finished.
+func (m *Manager) adopt(ctx context.Context, drv sandbox.Driver, e *entry, obs sandbox.Observation) {
+	e.admitted.Store(true)
+	e.trouble = 0
+	phase, reason := PhaseReady, ""
+	if e.rec.Paused || obs.Paused {
+		phase, reason = PhasePaused, paused
+	}
+	m.see(e, func(s *Sandbox) {
+		enter(phase, reason, "")(s)
+		s.ReadyAt, s.Exit = obs.StartedAt, nil
+	})
+	m.log.Info("adopted", "sandbox", e.name, "generation", e.rec.Generation, "paused", obs.Paused)
+	switch {
+	case e.rec.Paused == obs.Paused:
+		m.guard(drv, e)
+	case e.rec.Paused:
+		_ = m.finishPause(ctx, e) // it says in the log, and in the phase, what it came to
+	default:
+		m.fly(e, func(ctx context.Context) error { return m.boot(ctx, e, byItself) })
 	}
 }
 

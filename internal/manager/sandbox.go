@@ -20,6 +20,7 @@ const (
 	PhaseStopping Phase = "stopping"
 	PhaseFailed   Phase = "failed"
 	PhaseDeleting Phase = "deleting"
+	PhasePaused   Phase = "paused"
 )
 
 // Desired is what the agent works towards.

@@ -174,7 +174,7 @@ func (m *Manager) SetSecrets(ctx context.Context, name string, values map[string
 		return nil, err
 	}
 	e.keepInline(values)
-	if s.Phase != PhaseReady {
+	if !s.isReady() && !s.isPaused() {
 		return nil, nil //nolint:nilnil // Nothing was delivered, and that is no error.
 	}
 	delivery := m.deliver(ctx, e, false)
@@ -201,7 +201,7 @@ func (m *Manager) PushSecrets(ctx context.Context, name string, sel Selector, fo
 		if err != nil {
 			return nil, err
 		}
-		if s.Phase != PhaseReady {
+		if !s.isReady() && !s.isPaused() {
 			return nil, fmt.Errorf("push secrets to %s: it is %s, and is given them when it starts: %w", name, s.Phase, sandbox.ErrState)
 		}
 		e, err := m.find(name)
@@ -212,7 +212,7 @@ func (m *Manager) PushSecrets(ctx context.Context, name string, sel Selector, fo
 	} else {
 		m.mu.RLock()
 		for _, e := range m.entries {
-			if s := e.snap.Load(); s.isReady() && len(s.Spec.Secrets) > 0 && sel.Matches(s.Labels) {
+			if s := e.snap.Load(); (s.isReady() || s.isPaused()) && len(s.Spec.Secrets) > 0 && sel.Matches(s.Labels) {
 				targets = append(targets, e)
 			}
 		}
@@ -234,9 +234,12 @@ func (m *Manager) PushSecrets(ctx context.Context, name string, sel Selector, fo
 }
 
 // deliver gives a running sandbox its secrets anew and does with the workload
-// what its spec says.
+// what its spec says. One that is paused is resumed for it.
 func (m *Manager) deliver(ctx context.Context, e *entry, force bool) Delivery {
 	d := Delivery{Name: e.name}
+	if _, d.Err = m.awake(ctx, e.name); d.Err != nil {
+		return d
+	}
 	rotation := e.snap.Load().Spec.Rotation
 	action := cmp.Or(rotation.Action, sandbox.RotationLeave)
 	d.Err = m.detach(ctx, func(ctx context.Context) (err error) {

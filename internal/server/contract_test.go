@@ -48,7 +48,7 @@ func TestContractThroughClientServerAndManager(t *testing.T) {
 	})
 	conn := agent.Dial(t)
 	drivertest.Run(t, drivertest.Harness{
-		Open: func(*testing.T) sandbox.Driver { return servertest.New(conn, process.Name) },
+		Open: func(*testing.T) sandbox.Driver { return servertest.NewExtended(conn, process.Name) },
 		Spec: func(_ *testing.T, w drivertest.Workload) sandbox.Spec {
 			spec := process.Spec(w.Args...)
 			spec.Mounts, spec.Env = w.Mounts, w.Env

@@ -45,6 +45,7 @@ func fullSpec(t testing.TB) *agentv1.SandboxSpec {
 		Mounts: []*agentv1.Mount{
 			{Kind: agentv1.Mount_KIND_WORKSPACE, Source: "/src", Target: "/workspace", ReadWrite: true},
 			{Kind: agentv1.Mount_KIND_DATA, Source: "/var/data", Target: "/data"},
+			{Kind: agentv1.Mount_KIND_DISK, Source: "/var/disk.img", Target: "/disk", SizeMib: 1 << 24},
 		},
 		Ports: []*agentv1.Port{
 			{Name: "http", GuestPort: 80, HostPort: 8080, Protocol: agentv1.Protocol_PROTOCOL_TCP, BindAddress: "::1"},
@@ -64,6 +65,14 @@ func fullSpec(t testing.TB) *agentv1.SandboxSpec {
 		Keyless:        true,
 		SecretRotation: &agentv1.SecretRotation{Action: agentv1.SecretRotation_ACTION_SIGNAL, Signal: "USR1"},
 		AutoForward:    &agentv1.AutoForward{Mode: agentv1.AutoForward_MODE_FORWARD, DenyPorts: []uint32{22, 5432}},
+		Egress: &agentv1.Egress{
+			Mode: agentv1.Egress_MODE_LIST, DenyPrivate: true, Rules: []*agentv1.EgressRule{
+				{Name: "*.example.com", Ports: []*agentv1.PortRange{{From: 443}, {From: 1, To: 65535}}, Protocol: agentv1.EgressRule_PROTOCOL_TCP},
+				{Cidr: "192.0.2.0/24", Protocol: agentv1.EgressRule_PROTOCOL_UDP},
+				{Cidr: "0.0.0.0/0", Protocol: agentv1.EgressRule_PROTOCOL_ANY},
+				{Name: "example.com"},
+			},
+		},
 	}
 }
 
@@ -83,11 +92,13 @@ func TestSpecSurvivesBothConversions(t *testing.T) {
 	machine.Restart.Mode = agentv1.RestartPolicy_MODE_ALWAYS
 	machine.SecretRotation = &agentv1.SecretRotation{Action: agentv1.SecretRotation_ACTION_RESTART}
 	machine.AutoForward.Mode = agentv1.AutoForward_MODE_OFF
+	machine.Egress = &agentv1.Egress{Mode: agentv1.Egress_MODE_DENY}
 	exec := proto.CloneOf(full)
 	exec.SecretRotation = &agentv1.SecretRotation{Action: agentv1.SecretRotation_ACTION_LEAVE}
 	exec.AutoForward = &agentv1.AutoForward{Mode: agentv1.AutoForward_MODE_OFFER}
 	exec.Readiness.Probe = &agentv1.Readiness_Exec{Exec: &agentv1.ExecProbe{Command: []string{"true"}}}
 	exec.Restart.Mode = agentv1.RestartPolicy_MODE_NEVER
+	exec.Egress = &agentv1.Egress{Mode: agentv1.Egress_MODE_ALLOW, DenyPrivate: true}
 	bare := &agentv1.SandboxSpec{Source: &agentv1.SandboxSpec_Image{Image: "x"}}
 	for _, want := range []*agentv1.SandboxSpec{full, machine, exec, bare} {
 		spec, err := specFromWire(want)
@@ -134,6 +145,10 @@ func TestSpecFromWireNamesTheField(t *testing.T) {
 		{"spec.restart.max_backoff", func(s *agentv1.SandboxSpec) {
 			s.Restart.MaxBackoff = &durationpb.Duration{Seconds: math.MaxInt64}
 		}},
+		{"spec.egress.mode", func(s *agentv1.SandboxSpec) { s.Egress.Mode = unknown }},
+		{"spec.egress.rules[1].protocol", func(s *agentv1.SandboxSpec) { s.Egress.Rules[1].Protocol = unknown }},
+		{"spec.egress.rules[0].ports[1].from", func(s *agentv1.SandboxSpec) { s.Egress.Rules[0].Ports[1].From = 0 }},
+		{"spec.egress.rules[0].ports[0].to", func(s *agentv1.SandboxSpec) { s.Egress.Rules[0].Ports[0].To = 65536 }},
 		{"spec.driver_options.a", func(s *agentv1.SandboxSpec) {
 			s.DriverOptions.Fields["a"] = structpb.NewNumberValue(math.NaN())
 		}},
@@ -229,6 +244,7 @@ func TestEveryPhaseAndDesiredStateHasItsOwnNumber(t *testing.T) {
 	phases := []manager.Phase{
 		manager.PhaseUnknown, manager.PhaseCreating, manager.PhaseStopped, manager.PhaseStarting, manager.PhaseReady,
 		manager.PhaseBackoff, manager.PhaseStopping, manager.PhaseFailed, manager.PhaseDeleting,
+		manager.PhasePaused,
 	}
 	var seen []agentv1.Phase
 	for _, phase := range phases {

@@ -64,6 +64,9 @@ func specFromWire(w *agentv1.SandboxSpec) (sandbox.Spec, error) {
 	if spec.AutoForward, err = autoForwardFromWire(w.GetAutoForward()); err != nil {
 		return sandbox.Spec{}, err
 	}
+	if spec.Egress, err = egressFromWire(w.GetEgress()); err != nil {
+		return sandbox.Spec{}, err
+	}
 	if spec.DriverOptions, err = optionsFromWire("spec.driver_options", w.GetDriverOptions()); err != nil {
 		return sandbox.Spec{}, err
 	}
@@ -87,13 +90,15 @@ func secretsFromWire(w []*agentv1.SecretRef) []sandbox.SecretRef {
 func mountsFromWire(w []*agentv1.Mount) ([]sandbox.Mount, error) {
 	var mounts []sandbox.Mount
 	for i, m := range w {
-		mount := sandbox.Mount{Source: m.GetSource(), Target: m.GetTarget(), ReadWrite: m.GetReadWrite()}
+		mount := sandbox.Mount{Source: m.GetSource(), Target: m.GetTarget(), ReadWrite: m.GetReadWrite(), SizeMiB: m.GetSizeMib()}
 		switch kind := m.GetKind(); kind {
 		case agentv1.Mount_KIND_UNSPECIFIED: // refused by the domain
 		case agentv1.Mount_KIND_WORKSPACE:
 			mount.Kind = sandbox.MountWorkspace
 		case agentv1.Mount_KIND_DATA:
 			mount.Kind = sandbox.MountData
+		case agentv1.Mount_KIND_DISK:
+			mount.Kind = sandbox.MountDisk
 		default:
 			return nil, unknownEnum(fmt.Sprintf("spec.mounts[%d].kind", i), int32(kind))
 		}

@@ -87,6 +87,8 @@ func sandboxOf(req any) string {
 		return cmp.Or(first.GetStart().GetName(), first.GetAttach().GetName())
 	case *agentv1.TunnelRequest:
 		return first.GetOpen().GetName()
+	case *agentv1.AttachConsoleRequest:
+		return first.GetOpen().GetName()
 	case *agentv1.WriteFileRequest:
 		return first.GetHeader().GetName()
 	case *agentv1.UploadArchiveRequest:

@@ -249,7 +249,7 @@ func updateFromWire(req *agentv1.UpdateSandboxRequest) (manager.UpdateRequest, e
 	}
 	paths := req.GetUpdateMask().GetPaths()
 	if len(paths) == 0 {
-		return manager.UpdateRequest{}, sandbox.Invalidf("update_mask", "is missing; name labels, spec.idle or both")
+		return manager.UpdateRequest{}, sandbox.Invalidf("update_mask", "is missing; name what to change of labels, spec.idle and spec.egress")
 	}
 	update := manager.UpdateRequest{Name: w.GetName()}
 	for _, path := range paths {
@@ -263,8 +263,14 @@ func updateFromWire(req *agentv1.UpdateSandboxRequest) (manager.UpdateRequest, e
 				return manager.UpdateRequest{}, err
 			}
 			update.Idle = &idle
+		case "spec.egress":
+			egress, err := egressFromWire(w.GetSpec().GetEgress())
+			if err != nil {
+				return manager.UpdateRequest{}, err
+			}
+			update.Egress = &egress
 		default:
-			return manager.UpdateRequest{}, sandbox.Invalidf("update_mask", "%.80q cannot be changed; labels and spec.idle can", path)
+			return manager.UpdateRequest{}, sandbox.Invalidf("update_mask", "%.80q cannot be changed; labels, spec.idle and spec.egress can", path)
 		}
 	}
 	return update, nil

@@ -118,6 +118,8 @@ func phaseToWire(p manager.Phase) agentv1.Phase {
 		return agentv1.Phase_PHASE_FAILED
 	case manager.PhaseDeleting:
 		return agentv1.Phase_PHASE_DELETING
+	case manager.PhasePaused:
+		return agentv1.Phase_PHASE_PAUSED
 	default:
 		return agentv1.Phase_PHASE_UNSPECIFIED
 	}
@@ -141,6 +143,7 @@ func specToWire(s sandbox.Spec) *agentv1.SandboxSpec {
 		DriverOptions: optionsToWire(s.DriverOptions),
 		Keyless:       s.Keyless,
 		AutoForward:   autoForwardToWire(s.AutoForward),
+		Egress:        egressToWire(s.Egress),
 	}
 	if s.Rotation != (sandbox.RotationPolicy{}) {
 		spec.SecretRotation = &agentv1.SecretRotation{Action: rotationActionToWire(s.Rotation.Action), Signal: s.Rotation.Signal}
@@ -164,12 +167,14 @@ func resourcesToWire(r sandbox.Resources) *agentv1.Resources {
 func mountsToWire(mounts []sandbox.Mount) []*agentv1.Mount {
 	var w []*agentv1.Mount
 	for _, m := range mounts {
-		mount := &agentv1.Mount{Source: m.Source, Target: m.Target, ReadWrite: m.ReadWrite}
+		mount := &agentv1.Mount{Source: m.Source, Target: m.Target, ReadWrite: m.ReadWrite, SizeMib: m.SizeMiB}
 		switch m.Kind {
 		case sandbox.MountWorkspace:
 			mount.Kind = agentv1.Mount_KIND_WORKSPACE
 		case sandbox.MountData:
 			mount.Kind = agentv1.Mount_KIND_DATA
+		case sandbox.MountDisk:
+			mount.Kind = agentv1.Mount_KIND_DISK
 		}
 		w = append(w, mount)
 	}

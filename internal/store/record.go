@@ -55,6 +55,10 @@ type Record struct {
 	HostBoot string `json:"host_boot,omitempty"`
 	// Resources are those the artefacts were made with.
 	Resources sandbox.Resources `json:"resources,omitzero"`
+	// Paused says that it is halted; of one that is meant to run.
+	Paused bool `json:"paused,omitempty"`
+	// EgressDue says that the driver may not have Spec.Egress yet.
+	EgressDue bool `json:"egress_due,omitempty"`
 	// Leases are the host ports that are the sandbox's, until it is deleted.
 	Leases []Lease `json:"leases,omitempty"`
 	// Grace is for PendingStop and DesiredDeleted.

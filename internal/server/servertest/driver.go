@@ -234,12 +234,12 @@ func (d *Driver) Logs(
 // observation guesses what the driver said from what the API tells.
 func observation(w *agentv1.Sandbox) sandbox.Observation {
 	s := w.GetStatus()
-	obs := sandbox.Observation{Detail: s.GetMessage()}
+	obs := sandbox.Observation{Detail: s.GetMessage(), Paused: s.GetPhase() == agentv1.Phase_PHASE_PAUSED}
 	if s.GetStartTime() != nil {
 		obs.StartedAt = s.GetStartTime().AsTime()
 	}
 	switch s.GetPhase() {
-	case agentv1.Phase_PHASE_STARTING, agentv1.Phase_PHASE_READY, agentv1.Phase_PHASE_STOPPING,
+	case agentv1.Phase_PHASE_STARTING, agentv1.Phase_PHASE_READY, agentv1.Phase_PHASE_PAUSED, agentv1.Phase_PHASE_STOPPING,
 		agentv1.Phase_PHASE_DELETING, agentv1.Phase_PHASE_UNSPECIFIED:
 		if s.GetStartTime() != nil { // or else the driver was not asked yet
 			obs.State = sandbox.StateRunning

@@ -232,7 +232,8 @@ type DriverInfo struct {
 	// Why it is unavailable, and the command that mends it.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	Cure   string `protobuf:"bytes,5,opt,name=cure,proto3" json:"cure,omitempty"`
-	// What it can do besides the basics: logs, images, resize, …
+	// What it can do besides the basics: console, egress, images, logs, pause,
+	// resize.
 	Abilities []string `protobuf:"bytes,6,rep,name=abilities,proto3" json:"abilities,omitempty"`
 	// Which limits this host lets it enforce.
 	LimitsCpu    bool `protobuf:"varint,7,opt,name=limits_cpu,json=limitsCpu,proto3" json:"limits_cpu,omitempty"`

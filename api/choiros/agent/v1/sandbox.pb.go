@@ -106,21 +106,25 @@ const (
 	Phase_PHASE_DELETING Phase = 8
 	// Its memory is kept on disk; a start resumes it.
 	Phase_PHASE_HIBERNATED Phase = 9
+	// Halted by PauseSandbox with all that is in its memory. Whatever needs what
+	// is inside resumes it.
+	Phase_PHASE_PAUSED Phase = 10
 )
 
 // Enum value maps for Phase.
 var (
 	Phase_name = map[int32]string{
-		0: "PHASE_UNSPECIFIED",
-		1: "PHASE_CREATING",
-		2: "PHASE_STOPPED",
-		3: "PHASE_STARTING",
-		4: "PHASE_READY",
-		5: "PHASE_BACKOFF",
-		6: "PHASE_STOPPING",
-		7: "PHASE_FAILED",
-		8: "PHASE_DELETING",
-		9: "PHASE_HIBERNATED",
+		0:  "PHASE_UNSPECIFIED",
+		1:  "PHASE_CREATING",
+		2:  "PHASE_STOPPED",
+		3:  "PHASE_STARTING",
+		4:  "PHASE_READY",
+		5:  "PHASE_BACKOFF",
+		6:  "PHASE_STOPPING",
+		7:  "PHASE_FAILED",
+		8:  "PHASE_DELETING",
+		9:  "PHASE_HIBERNATED",
+		10: "PHASE_PAUSED",
 	}
 	Phase_value = map[string]int32{
 		"PHASE_UNSPECIFIED": 0,
@@ -133,6 +137,7 @@ var (
 		"PHASE_FAILED":      7,
 		"PHASE_DELETING":    8,
 		"PHASE_HIBERNATED":  9,
+		"PHASE_PAUSED":      10,
 	}
 )
 
@@ -214,6 +219,118 @@ func (Protocol) EnumDescriptor() ([]byte, []int) {
 	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{2}
 }
 
+// What may be connected to.
+type Egress_Mode int32
+
+const (
+	// ALLOW.
+	Egress_MODE_UNSPECIFIED Egress_Mode = 0
+	// Everything that a sandbox can reach at all.
+	Egress_MODE_ALLOW Egress_Mode = 1
+	// Nothing, and no name is resolved.
+	Egress_MODE_DENY Egress_Mode = 2
+	// What a rule names.
+	Egress_MODE_LIST Egress_Mode = 3
+)
+
+// Enum value maps for Egress_Mode.
+var (
+	Egress_Mode_name = map[int32]string{
+		0: "MODE_UNSPECIFIED",
+		1: "MODE_ALLOW",
+		2: "MODE_DENY",
+		3: "MODE_LIST",
+	}
+	Egress_Mode_value = map[string]int32{
+		"MODE_UNSPECIFIED": 0,
+		"MODE_ALLOW":       1,
+		"MODE_DENY":        2,
+		"MODE_LIST":        3,
+	}
+)
+
+func (x Egress_Mode) Enum() *Egress_Mode {
+	p := new(Egress_Mode)
+	*p = x
+	return p
+}
+
+func (x Egress_Mode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Egress_Mode) Descriptor() protoreflect.EnumDescriptor {
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[3].Descriptor()
+}
+
+func (Egress_Mode) Type() protoreflect.EnumType {
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[3]
+}
+
+func (x Egress_Mode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Egress_Mode.Descriptor instead.
+func (Egress_Mode) EnumDescriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6, 0}
+}
+
+// What carries the connections.
+type EgressRule_Protocol int32
+
+const (
+	// ANY.
+	EgressRule_PROTOCOL_UNSPECIFIED EgressRule_Protocol = 0
+	// TCP and UDP.
+	EgressRule_PROTOCOL_ANY EgressRule_Protocol = 1
+	EgressRule_PROTOCOL_TCP EgressRule_Protocol = 2
+	EgressRule_PROTOCOL_UDP EgressRule_Protocol = 3
+)
+
+// Enum value maps for EgressRule_Protocol.
+var (
+	EgressRule_Protocol_name = map[int32]string{
+		0: "PROTOCOL_UNSPECIFIED",
+		1: "PROTOCOL_ANY",
+		2: "PROTOCOL_TCP",
+		3: "PROTOCOL_UDP",
+	}
+	EgressRule_Protocol_value = map[string]int32{
+		"PROTOCOL_UNSPECIFIED": 0,
+		"PROTOCOL_ANY":         1,
+		"PROTOCOL_TCP":         2,
+		"PROTOCOL_UDP":         3,
+	}
+)
+
+func (x EgressRule_Protocol) Enum() *EgressRule_Protocol {
+	p := new(EgressRule_Protocol)
+	*p = x
+	return p
+}
+
+func (x EgressRule_Protocol) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (EgressRule_Protocol) Descriptor() protoreflect.EnumDescriptor {
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[4].Descriptor()
+}
+
+func (EgressRule_Protocol) Type() protoreflect.EnumType {
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[4]
+}
+
+func (x EgressRule_Protocol) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use EgressRule_Protocol.Descriptor instead.
+func (EgressRule_Protocol) EnumDescriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{7, 0}
+}
+
 // What to do.
 type AutoForward_Mode int32
 
@@ -255,11 +372,11 @@ func (x AutoForward_Mode) String() string {
 }
 
 func (AutoForward_Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[3].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[5].Descriptor()
 }
 
 func (AutoForward_Mode) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[3]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[5]
 }
 
 func (x AutoForward_Mode) Number() protoreflect.EnumNumber {
@@ -268,7 +385,7 @@ func (x AutoForward_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AutoForward_Mode.Descriptor instead.
 func (AutoForward_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{9, 0}
 }
 
 // What a mount is for.
@@ -281,6 +398,10 @@ const (
 	// The workload's own durable data: writable, owned by the sandbox's user
 	// as seen from inside.
 	Mount_KIND_DATA Mount_Kind = 2
+	// A disk image of the host's that a virtual machine has as a disk of its
+	// own, writable: data that goes with snapshots of the machine's memory.
+	// Drivers without virtual machines refuse it.
+	Mount_KIND_DISK Mount_Kind = 3
 )
 
 // Enum value maps for Mount_Kind.
@@ -289,11 +410,13 @@ var (
 		0: "KIND_UNSPECIFIED",
 		1: "KIND_WORKSPACE",
 		2: "KIND_DATA",
+		3: "KIND_DISK",
 	}
 	Mount_Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED": 0,
 		"KIND_WORKSPACE":   1,
 		"KIND_DATA":        2,
+		"KIND_DISK":        3,
 	}
 )
 
@@ -308,11 +431,11 @@ func (x Mount_Kind) String() string {
 }
 
 func (Mount_Kind) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[4].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[6].Descriptor()
 }
 
 func (Mount_Kind) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[4]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[6]
 }
 
 func (x Mount_Kind) Number() protoreflect.EnumNumber {
@@ -321,7 +444,7 @@ func (x Mount_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Mount_Kind.Descriptor instead.
 func (Mount_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{8, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{11, 0}
 }
 
 // What to do with an idle sandbox.
@@ -361,11 +484,11 @@ func (x IdlePolicy_Action) String() string {
 }
 
 func (IdlePolicy_Action) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[5].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[7].Descriptor()
 }
 
 func (IdlePolicy_Action) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[5]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[7]
 }
 
 func (x IdlePolicy_Action) Number() protoreflect.EnumNumber {
@@ -374,7 +497,7 @@ func (x IdlePolicy_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use IdlePolicy_Action.Descriptor instead.
 func (IdlePolicy_Action) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{15, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{18, 0}
 }
 
 // When to restart.
@@ -416,11 +539,11 @@ func (x RestartPolicy_Mode) String() string {
 }
 
 func (RestartPolicy_Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[6].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[8].Descriptor()
 }
 
 func (RestartPolicy_Mode) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[6]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[8]
 }
 
 func (x RestartPolicy_Mode) Number() protoreflect.EnumNumber {
@@ -429,7 +552,7 @@ func (x RestartPolicy_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RestartPolicy_Mode.Descriptor instead.
 func (RestartPolicy_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{16, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{19, 0}
 }
 
 // Sandbox is one isolated workload of this host.
@@ -558,7 +681,7 @@ type SandboxStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Phase Phase                  `protobuf:"varint,1,opt,name=phase,proto3,enum=choiros.agent.v1.Phase" json:"phase,omitempty"`
 	// Why it is in this phase, for programs: UPPER_SNAKE_CASE, empty when the
-	// phase says it all. E.g. IDLE, EXITED, READINESS_TIMEOUT, DRIVER_UNAVAILABLE.
+	// phase says it all. E.g. IDLE, EXITED, PAUSED, DRIVER_UNAVAILABLE.
 	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The same for people: one sentence without a trailing full stop.
 	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
@@ -983,8 +1106,11 @@ type SandboxSpec struct {
 	Keyless        bool            `protobuf:"varint,18,opt,name=keyless,proto3" json:"keyless,omitempty"`
 	SecretRotation *SecretRotation `protobuf:"bytes,19,opt,name=secret_rotation,json=secretRotation,proto3" json:"secret_rotation,omitempty"`
 	AutoForward    *AutoForward    `protobuf:"bytes,20,opt,name=auto_forward,json=autoForward,proto3" json:"auto_forward,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What it may connect to. A driver that cannot enforce a policy refuses any;
+	// without one, what a sandbox reaches is for the driver to say.
+	Egress        *Egress `protobuf:"bytes,21,opt,name=egress,proto3" json:"egress,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SandboxSpec) Reset() {
@@ -1168,6 +1294,13 @@ func (x *SandboxSpec) GetAutoForward() *AutoForward {
 	return nil
 }
 
+func (x *SandboxSpec) GetEgress() *Egress {
+	if x != nil {
+		return x.Egress
+	}
+	return nil
+}
+
 type isSandboxSpec_Source interface {
 	isSandboxSpec_Source()
 }
@@ -1186,6 +1319,202 @@ func (*SandboxSpec_Image) isSandboxSpec_Source() {}
 
 func (*SandboxSpec_Machine) isSandboxSpec_Source() {}
 
+// Egress says what a sandbox may connect to. Whatever it says, a sandbox never
+// reaches the host itself, link-local addresses, the metadata services of
+// clouds, multicast, broadcast, or another sandbox.
+type Egress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Mode  Egress_Mode            `protobuf:"varint,1,opt,name=mode,proto3,enum=choiros.agent.v1.Egress_Mode" json:"mode,omitempty"`
+	// For MODE_LIST, and for no other. At most 256. With none, nothing is allowed.
+	Rules []*EgressRule `protobuf:"bytes,2,rep,name=rules,proto3" json:"rules,omitempty"`
+	// Refuse private and shared addresses (RFC 1918, RFC 6598) unless a rule's
+	// cidr has them: not even a name leads there then.
+	DenyPrivate   bool `protobuf:"varint,3,opt,name=deny_private,json=denyPrivate,proto3" json:"deny_private,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Egress) Reset() {
+	*x = Egress{}
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Egress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Egress) ProtoMessage() {}
+
+func (x *Egress) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Egress.ProtoReflect.Descriptor instead.
+func (*Egress) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Egress) GetMode() Egress_Mode {
+	if x != nil {
+		return x.Mode
+	}
+	return Egress_MODE_UNSPECIFIED
+}
+
+func (x *Egress) GetRules() []*EgressRule {
+	if x != nil {
+		return x.Rules
+	}
+	return nil
+}
+
+func (x *Egress) GetDenyPrivate() bool {
+	if x != nil {
+		return x.DenyPrivate
+	}
+	return false
+}
+
+// EgressRule allows connections to one name or to one range of addresses:
+// exactly one of name and cidr is set.
+type EgressRule struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A host name with the addresses that it is found to have, or "*." and a
+	// domain: all names below it, but not the domain itself. Other names that are
+	// served from the same address are not told apart.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// An IPv4 prefix: 192.0.2.0/24.
+	Cidr string `protobuf:"bytes,2,opt,name=cidr,proto3" json:"cidr,omitempty"`
+	// None: all ports. At most 64.
+	Ports         []*PortRange        `protobuf:"bytes,3,rep,name=ports,proto3" json:"ports,omitempty"`
+	Protocol      EgressRule_Protocol `protobuf:"varint,4,opt,name=protocol,proto3,enum=choiros.agent.v1.EgressRule_Protocol" json:"protocol,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EgressRule) Reset() {
+	*x = EgressRule{}
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EgressRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EgressRule) ProtoMessage() {}
+
+func (x *EgressRule) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EgressRule.ProtoReflect.Descriptor instead.
+func (*EgressRule) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *EgressRule) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *EgressRule) GetCidr() string {
+	if x != nil {
+		return x.Cidr
+	}
+	return ""
+}
+
+func (x *EgressRule) GetPorts() []*PortRange {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+func (x *EgressRule) GetProtocol() EgressRule_Protocol {
+	if x != nil {
+		return x.Protocol
+	}
+	return EgressRule_PROTOCOL_UNSPECIFIED
+}
+
+// PortRange is the ports from one to another.
+type PortRange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1–65535.
+	From uint32 `protobuf:"varint,1,opt,name=from,proto3" json:"from,omitempty"`
+	// The last, included; 0: from.
+	To            uint32 `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PortRange) Reset() {
+	*x = PortRange{}
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PortRange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PortRange) ProtoMessage() {}
+
+func (x *PortRange) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PortRange.ProtoReflect.Descriptor instead.
+func (*PortRange) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *PortRange) GetFrom() uint32 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *PortRange) GetTo() uint32 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
 // AutoForward says what becomes of ports that are found to be listened on
 // inside.
 type AutoForward struct {
@@ -1200,7 +1529,7 @@ type AutoForward struct {
 
 func (x *AutoForward) Reset() {
 	*x = AutoForward{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1541,7 @@ func (x *AutoForward) String() string {
 func (*AutoForward) ProtoMessage() {}
 
 func (x *AutoForward) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1554,7 @@ func (x *AutoForward) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AutoForward.ProtoReflect.Descriptor instead.
 func (*AutoForward) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AutoForward) GetMode() AutoForward_Mode {
@@ -1258,7 +1587,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1270,7 +1599,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1283,7 +1612,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{7}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Resources) GetCpuMillis() uint32 {
@@ -1307,23 +1636,29 @@ func (x *Resources) GetPids() uint32 {
 	return 0
 }
 
-// Mount shows a folder of the host inside the sandbox.
+// Mount shows a folder, or a disk image, of the host inside the sandbox.
 type Mount struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Kind  Mount_Kind             `protobuf:"varint,1,opt,name=kind,proto3,enum=choiros.agent.v1.Mount_Kind" json:"kind,omitempty"`
-	// An existing folder of the host; absolute.
+	// An existing folder of the host, or the file of a disk's image in one;
+	// absolute.
 	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
-	// Where it appears; absolute. Empty: /workspace or /data, by kind.
+	// Where it appears; absolute. Empty: /workspace or /data, by kind; a disk's
+	// is required.
 	Target string `protobuf:"bytes,3,opt,name=target,proto3" json:"target,omitempty"`
-	// Lets the sandbox write to a workspace. Data is always writable.
-	ReadWrite     bool `protobuf:"varint,4,opt,name=read_write,json=readWrite,proto3" json:"read_write,omitempty"`
+	// Lets the sandbox write to a workspace. Data and disks are always writable.
+	ReadWrite bool `protobuf:"varint,4,opt,name=read_write,json=readWrite,proto3" json:"read_write,omitempty"`
+	// The size of a disk, from 16 to 16777216 MiB; of others zero. The image is
+	// made if there is none, and takes room only as it is filled; one that is
+	// larger keeps its size.
+	SizeMib       uint64 `protobuf:"varint,5,opt,name=size_mib,json=sizeMib,proto3" json:"size_mib,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1335,7 +1670,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1348,7 +1683,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{8}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Mount) GetKind() Mount_Kind {
@@ -1379,6 +1714,13 @@ func (x *Mount) GetReadWrite() bool {
 	return false
 }
 
+func (x *Mount) GetSizeMib() uint64 {
+	if x != nil {
+		return x.SizeMib
+	}
+	return 0
+}
+
 // Port makes a service inside reachable on the host.
 type Port struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1398,7 +1740,7 @@ type Port struct {
 
 func (x *Port) Reset() {
 	*x = Port{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1410,7 +1752,7 @@ func (x *Port) String() string {
 func (*Port) ProtoMessage() {}
 
 func (x *Port) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1423,7 +1765,7 @@ func (x *Port) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Port.ProtoReflect.Descriptor instead.
 func (*Port) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{9}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Port) GetName() string {
@@ -1481,7 +1823,7 @@ type SecretRef struct {
 
 func (x *SecretRef) Reset() {
 	*x = SecretRef{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +1835,7 @@ func (x *SecretRef) String() string {
 func (*SecretRef) ProtoMessage() {}
 
 func (x *SecretRef) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +1848,7 @@ func (x *SecretRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretRef.ProtoReflect.Descriptor instead.
 func (*SecretRef) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{10}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SecretRef) GetName() string {
@@ -1560,7 +1902,7 @@ type Readiness struct {
 
 func (x *Readiness) Reset() {
 	*x = Readiness{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1572,7 +1914,7 @@ func (x *Readiness) String() string {
 func (*Readiness) ProtoMessage() {}
 
 func (x *Readiness) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1585,7 +1927,7 @@ func (x *Readiness) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Readiness.ProtoReflect.Descriptor instead.
 func (*Readiness) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{11}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Readiness) GetProbe() isReadiness_Probe {
@@ -1670,7 +2012,7 @@ type HttpProbe struct {
 
 func (x *HttpProbe) Reset() {
 	*x = HttpProbe{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1682,7 +2024,7 @@ func (x *HttpProbe) String() string {
 func (*HttpProbe) ProtoMessage() {}
 
 func (x *HttpProbe) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1695,7 +2037,7 @@ func (x *HttpProbe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HttpProbe.ProtoReflect.Descriptor instead.
 func (*HttpProbe) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{12}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *HttpProbe) GetPort() uint32 {
@@ -1722,7 +2064,7 @@ type TcpProbe struct {
 
 func (x *TcpProbe) Reset() {
 	*x = TcpProbe{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1734,7 +2076,7 @@ func (x *TcpProbe) String() string {
 func (*TcpProbe) ProtoMessage() {}
 
 func (x *TcpProbe) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1747,7 +2089,7 @@ func (x *TcpProbe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TcpProbe.ProtoReflect.Descriptor instead.
 func (*TcpProbe) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{13}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TcpProbe) GetPort() uint32 {
@@ -1767,7 +2109,7 @@ type ExecProbe struct {
 
 func (x *ExecProbe) Reset() {
 	*x = ExecProbe{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1779,7 +2121,7 @@ func (x *ExecProbe) String() string {
 func (*ExecProbe) ProtoMessage() {}
 
 func (x *ExecProbe) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1792,7 +2134,7 @@ func (x *ExecProbe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecProbe.ProtoReflect.Descriptor instead.
 func (*ExecProbe) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{14}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExecProbe) GetCommand() []string {
@@ -1814,7 +2156,7 @@ type IdlePolicy struct {
 
 func (x *IdlePolicy) Reset() {
 	*x = IdlePolicy{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1826,7 +2168,7 @@ func (x *IdlePolicy) String() string {
 func (*IdlePolicy) ProtoMessage() {}
 
 func (x *IdlePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1839,7 +2181,7 @@ func (x *IdlePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdlePolicy.ProtoReflect.Descriptor instead.
 func (*IdlePolicy) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{15}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *IdlePolicy) GetTimeout() *durationpb.Duration {
@@ -1873,7 +2215,7 @@ type RestartPolicy struct {
 
 func (x *RestartPolicy) Reset() {
 	*x = RestartPolicy{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1885,7 +2227,7 @@ func (x *RestartPolicy) String() string {
 func (*RestartPolicy) ProtoMessage() {}
 
 func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1898,7 +2240,7 @@ func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartPolicy.ProtoReflect.Descriptor instead.
 func (*RestartPolicy) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{16}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RestartPolicy) GetMode() RestartPolicy_Mode {
@@ -1989,7 +2331,7 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"\bprotocol\x18\x04 \x01(\x0e2\x1a.choiros.agent.v1.ProtocolR\bprotocol\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x05 \x01(\x04R\n" +
-	"generation\"\xc9\a\n" +
+	"generation\"\xfb\a\n" +
 	"\vSandboxSpec\x12\x16\n" +
 	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x16\n" +
 	"\x05image\x18\x02 \x01(\tH\x00R\x05image\x12\x1a\n" +
@@ -2014,11 +2356,36 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"\x0edriver_options\x18\x11 \x01(\v2\x17.google.protobuf.StructR\rdriverOptions\x12\x18\n" +
 	"\akeyless\x18\x12 \x01(\bR\akeyless\x12I\n" +
 	"\x0fsecret_rotation\x18\x13 \x01(\v2 .choiros.agent.v1.SecretRotationR\x0esecretRotation\x12@\n" +
-	"\fauto_forward\x18\x14 \x01(\v2\x1d.choiros.agent.v1.AutoForwardR\vautoForward\x1a6\n" +
+	"\fauto_forward\x18\x14 \x01(\v2\x1d.choiros.agent.v1.AutoForwardR\vautoForward\x120\n" +
+	"\x06egress\x18\x15 \x01(\v2\x18.choiros.agent.v1.EgressR\x06egress\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\b\n" +
-	"\x06source\"\xb2\x01\n" +
+	"\x06source\"\xde\x01\n" +
+	"\x06Egress\x121\n" +
+	"\x04mode\x18\x01 \x01(\x0e2\x1d.choiros.agent.v1.Egress.ModeR\x04mode\x122\n" +
+	"\x05rules\x18\x02 \x03(\v2\x1c.choiros.agent.v1.EgressRuleR\x05rules\x12!\n" +
+	"\fdeny_private\x18\x03 \x01(\bR\vdenyPrivate\"J\n" +
+	"\x04Mode\x12\x14\n" +
+	"\x10MODE_UNSPECIFIED\x10\x00\x12\x0e\n" +
+	"\n" +
+	"MODE_ALLOW\x10\x01\x12\r\n" +
+	"\tMODE_DENY\x10\x02\x12\r\n" +
+	"\tMODE_LIST\x10\x03\"\x86\x02\n" +
+	"\n" +
+	"EgressRule\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04cidr\x18\x02 \x01(\tR\x04cidr\x121\n" +
+	"\x05ports\x18\x03 \x03(\v2\x1b.choiros.agent.v1.PortRangeR\x05ports\x12A\n" +
+	"\bprotocol\x18\x04 \x01(\x0e2%.choiros.agent.v1.EgressRule.ProtocolR\bprotocol\"Z\n" +
+	"\bProtocol\x12\x18\n" +
+	"\x14PROTOCOL_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fPROTOCOL_ANY\x10\x01\x12\x10\n" +
+	"\fPROTOCOL_TCP\x10\x02\x12\x10\n" +
+	"\fPROTOCOL_UDP\x10\x03\"/\n" +
+	"\tPortRange\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\rR\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\rR\x02to\"\xb2\x01\n" +
 	"\vAutoForward\x126\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\".choiros.agent.v1.AutoForward.ModeR\x04mode\x12\x1d\n" +
 	"\n" +
@@ -2034,17 +2401,19 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"cpu_millis\x18\x01 \x01(\rR\tcpuMillis\x12\x1d\n" +
 	"\n" +
 	"memory_mib\x18\x02 \x01(\x04R\tmemoryMib\x12\x12\n" +
-	"\x04pids\x18\x03 \x01(\rR\x04pids\"\xc9\x01\n" +
+	"\x04pids\x18\x03 \x01(\rR\x04pids\"\xf3\x01\n" +
 	"\x05Mount\x120\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1c.choiros.agent.v1.Mount.KindR\x04kind\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x12\x16\n" +
 	"\x06target\x18\x03 \x01(\tR\x06target\x12\x1d\n" +
 	"\n" +
-	"read_write\x18\x04 \x01(\bR\treadWrite\"?\n" +
+	"read_write\x18\x04 \x01(\bR\treadWrite\x12\x19\n" +
+	"\bsize_mib\x18\x05 \x01(\x04R\asizeMib\"N\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eKIND_WORKSPACE\x10\x01\x12\r\n" +
-	"\tKIND_DATA\x10\x02\"\xb1\x01\n" +
+	"\tKIND_DATA\x10\x02\x12\r\n" +
+	"\tKIND_DISK\x10\x03\"\xb1\x01\n" +
 	"\x04Port\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -2096,7 +2465,7 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"\x19DESIRED_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15DESIRED_STATE_STOPPED\x10\x01\x12\x19\n" +
 	"\x15DESIRED_STATE_RUNNING\x10\x02\x12\x19\n" +
-	"\x15DESIRED_STATE_DELETED\x10\x03*\xcd\x01\n" +
+	"\x15DESIRED_STATE_DELETED\x10\x03*\xdf\x01\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0ePHASE_CREATING\x10\x01\x12\x11\n" +
@@ -2107,7 +2476,9 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"\x0ePHASE_STOPPING\x10\x06\x12\x10\n" +
 	"\fPHASE_FAILED\x10\a\x12\x12\n" +
 	"\x0ePHASE_DELETING\x10\b\x12\x14\n" +
-	"\x10PHASE_HIBERNATED\x10\t*H\n" +
+	"\x10PHASE_HIBERNATED\x10\t\x12\x10\n" +
+	"\fPHASE_PAUSED\x10\n" +
+	"*H\n" +
 	"\bProtocol\x12\x18\n" +
 	"\x14PROTOCOL_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fPROTOCOL_TCP\x10\x01\x12\x10\n" +
@@ -2125,88 +2496,98 @@ func file_choiros_agent_v1_sandbox_proto_rawDescGZIP() []byte {
 	return file_choiros_agent_v1_sandbox_proto_rawDescData
 }
 
-var file_choiros_agent_v1_sandbox_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_choiros_agent_v1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_choiros_agent_v1_sandbox_proto_enumTypes = make([]protoimpl.EnumInfo, 9)
+var file_choiros_agent_v1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_choiros_agent_v1_sandbox_proto_goTypes = []any{
 	(DesiredState)(0),             // 0: choiros.agent.v1.DesiredState
 	(Phase)(0),                    // 1: choiros.agent.v1.Phase
 	(Protocol)(0),                 // 2: choiros.agent.v1.Protocol
-	(AutoForward_Mode)(0),         // 3: choiros.agent.v1.AutoForward.Mode
-	(Mount_Kind)(0),               // 4: choiros.agent.v1.Mount.Kind
-	(IdlePolicy_Action)(0),        // 5: choiros.agent.v1.IdlePolicy.Action
-	(RestartPolicy_Mode)(0),       // 6: choiros.agent.v1.RestartPolicy.Mode
-	(*Sandbox)(nil),               // 7: choiros.agent.v1.Sandbox
-	(*SandboxStatus)(nil),         // 8: choiros.agent.v1.SandboxStatus
-	(*DetectedPort)(nil),          // 9: choiros.agent.v1.DetectedPort
-	(*Exit)(nil),                  // 10: choiros.agent.v1.Exit
-	(*Endpoint)(nil),              // 11: choiros.agent.v1.Endpoint
-	(*SandboxSpec)(nil),           // 12: choiros.agent.v1.SandboxSpec
-	(*AutoForward)(nil),           // 13: choiros.agent.v1.AutoForward
-	(*Resources)(nil),             // 14: choiros.agent.v1.Resources
-	(*Mount)(nil),                 // 15: choiros.agent.v1.Mount
-	(*Port)(nil),                  // 16: choiros.agent.v1.Port
-	(*SecretRef)(nil),             // 17: choiros.agent.v1.SecretRef
-	(*Readiness)(nil),             // 18: choiros.agent.v1.Readiness
-	(*HttpProbe)(nil),             // 19: choiros.agent.v1.HttpProbe
-	(*TcpProbe)(nil),              // 20: choiros.agent.v1.TcpProbe
-	(*ExecProbe)(nil),             // 21: choiros.agent.v1.ExecProbe
-	(*IdlePolicy)(nil),            // 22: choiros.agent.v1.IdlePolicy
-	(*RestartPolicy)(nil),         // 23: choiros.agent.v1.RestartPolicy
-	nil,                           // 24: choiros.agent.v1.Sandbox.LabelsEntry
-	nil,                           // 25: choiros.agent.v1.SandboxSpec.EnvEntry
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),       // 27: google.protobuf.Struct
-	(*SecretRotation)(nil),        // 28: choiros.agent.v1.SecretRotation
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(Egress_Mode)(0),              // 3: choiros.agent.v1.Egress.Mode
+	(EgressRule_Protocol)(0),      // 4: choiros.agent.v1.EgressRule.Protocol
+	(AutoForward_Mode)(0),         // 5: choiros.agent.v1.AutoForward.Mode
+	(Mount_Kind)(0),               // 6: choiros.agent.v1.Mount.Kind
+	(IdlePolicy_Action)(0),        // 7: choiros.agent.v1.IdlePolicy.Action
+	(RestartPolicy_Mode)(0),       // 8: choiros.agent.v1.RestartPolicy.Mode
+	(*Sandbox)(nil),               // 9: choiros.agent.v1.Sandbox
+	(*SandboxStatus)(nil),         // 10: choiros.agent.v1.SandboxStatus
+	(*DetectedPort)(nil),          // 11: choiros.agent.v1.DetectedPort
+	(*Exit)(nil),                  // 12: choiros.agent.v1.Exit
+	(*Endpoint)(nil),              // 13: choiros.agent.v1.Endpoint
+	(*SandboxSpec)(nil),           // 14: choiros.agent.v1.SandboxSpec
+	(*Egress)(nil),                // 15: choiros.agent.v1.Egress
+	(*EgressRule)(nil),            // 16: choiros.agent.v1.EgressRule
+	(*PortRange)(nil),             // 17: choiros.agent.v1.PortRange
+	(*AutoForward)(nil),           // 18: choiros.agent.v1.AutoForward
+	(*Resources)(nil),             // 19: choiros.agent.v1.Resources
+	(*Mount)(nil),                 // 20: choiros.agent.v1.Mount
+	(*Port)(nil),                  // 21: choiros.agent.v1.Port
+	(*SecretRef)(nil),             // 22: choiros.agent.v1.SecretRef
+	(*Readiness)(nil),             // 23: choiros.agent.v1.Readiness
+	(*HttpProbe)(nil),             // 24: choiros.agent.v1.HttpProbe
+	(*TcpProbe)(nil),              // 25: choiros.agent.v1.TcpProbe
+	(*ExecProbe)(nil),             // 26: choiros.agent.v1.ExecProbe
+	(*IdlePolicy)(nil),            // 27: choiros.agent.v1.IdlePolicy
+	(*RestartPolicy)(nil),         // 28: choiros.agent.v1.RestartPolicy
+	nil,                           // 29: choiros.agent.v1.Sandbox.LabelsEntry
+	nil,                           // 30: choiros.agent.v1.SandboxSpec.EnvEntry
+	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),       // 32: google.protobuf.Struct
+	(*SecretRotation)(nil),        // 33: choiros.agent.v1.SecretRotation
+	(*durationpb.Duration)(nil),   // 34: google.protobuf.Duration
 }
 var file_choiros_agent_v1_sandbox_proto_depIdxs = []int32{
-	12, // 0: choiros.agent.v1.Sandbox.spec:type_name -> choiros.agent.v1.SandboxSpec
-	24, // 1: choiros.agent.v1.Sandbox.labels:type_name -> choiros.agent.v1.Sandbox.LabelsEntry
+	14, // 0: choiros.agent.v1.Sandbox.spec:type_name -> choiros.agent.v1.SandboxSpec
+	29, // 1: choiros.agent.v1.Sandbox.labels:type_name -> choiros.agent.v1.Sandbox.LabelsEntry
 	0,  // 2: choiros.agent.v1.Sandbox.desired_state:type_name -> choiros.agent.v1.DesiredState
-	8,  // 3: choiros.agent.v1.Sandbox.status:type_name -> choiros.agent.v1.SandboxStatus
-	26, // 4: choiros.agent.v1.Sandbox.create_time:type_name -> google.protobuf.Timestamp
-	26, // 5: choiros.agent.v1.Sandbox.update_time:type_name -> google.protobuf.Timestamp
+	10, // 3: choiros.agent.v1.Sandbox.status:type_name -> choiros.agent.v1.SandboxStatus
+	31, // 4: choiros.agent.v1.Sandbox.create_time:type_name -> google.protobuf.Timestamp
+	31, // 5: choiros.agent.v1.Sandbox.update_time:type_name -> google.protobuf.Timestamp
 	1,  // 6: choiros.agent.v1.SandboxStatus.phase:type_name -> choiros.agent.v1.Phase
-	26, // 7: choiros.agent.v1.SandboxStatus.start_time:type_name -> google.protobuf.Timestamp
-	26, // 8: choiros.agent.v1.SandboxStatus.ready_time:type_name -> google.protobuf.Timestamp
-	26, // 9: choiros.agent.v1.SandboxStatus.last_activity_time:type_name -> google.protobuf.Timestamp
-	10, // 10: choiros.agent.v1.SandboxStatus.exit:type_name -> choiros.agent.v1.Exit
-	26, // 11: choiros.agent.v1.SandboxStatus.next_restart_time:type_name -> google.protobuf.Timestamp
-	11, // 12: choiros.agent.v1.SandboxStatus.endpoints:type_name -> choiros.agent.v1.Endpoint
-	14, // 13: choiros.agent.v1.SandboxStatus.resources:type_name -> choiros.agent.v1.Resources
-	9,  // 14: choiros.agent.v1.SandboxStatus.detected_ports:type_name -> choiros.agent.v1.DetectedPort
+	31, // 7: choiros.agent.v1.SandboxStatus.start_time:type_name -> google.protobuf.Timestamp
+	31, // 8: choiros.agent.v1.SandboxStatus.ready_time:type_name -> google.protobuf.Timestamp
+	31, // 9: choiros.agent.v1.SandboxStatus.last_activity_time:type_name -> google.protobuf.Timestamp
+	12, // 10: choiros.agent.v1.SandboxStatus.exit:type_name -> choiros.agent.v1.Exit
+	31, // 11: choiros.agent.v1.SandboxStatus.next_restart_time:type_name -> google.protobuf.Timestamp
+	13, // 12: choiros.agent.v1.SandboxStatus.endpoints:type_name -> choiros.agent.v1.Endpoint
+	19, // 13: choiros.agent.v1.SandboxStatus.resources:type_name -> choiros.agent.v1.Resources
+	11, // 14: choiros.agent.v1.SandboxStatus.detected_ports:type_name -> choiros.agent.v1.DetectedPort
 	2,  // 15: choiros.agent.v1.DetectedPort.protocol:type_name -> choiros.agent.v1.Protocol
-	26, // 16: choiros.agent.v1.Exit.time:type_name -> google.protobuf.Timestamp
+	31, // 16: choiros.agent.v1.Exit.time:type_name -> google.protobuf.Timestamp
 	2,  // 17: choiros.agent.v1.Endpoint.protocol:type_name -> choiros.agent.v1.Protocol
-	25, // 18: choiros.agent.v1.SandboxSpec.env:type_name -> choiros.agent.v1.SandboxSpec.EnvEntry
-	14, // 19: choiros.agent.v1.SandboxSpec.resources:type_name -> choiros.agent.v1.Resources
-	15, // 20: choiros.agent.v1.SandboxSpec.mounts:type_name -> choiros.agent.v1.Mount
-	16, // 21: choiros.agent.v1.SandboxSpec.ports:type_name -> choiros.agent.v1.Port
-	17, // 22: choiros.agent.v1.SandboxSpec.secrets:type_name -> choiros.agent.v1.SecretRef
-	18, // 23: choiros.agent.v1.SandboxSpec.readiness:type_name -> choiros.agent.v1.Readiness
-	22, // 24: choiros.agent.v1.SandboxSpec.idle:type_name -> choiros.agent.v1.IdlePolicy
-	23, // 25: choiros.agent.v1.SandboxSpec.restart:type_name -> choiros.agent.v1.RestartPolicy
-	27, // 26: choiros.agent.v1.SandboxSpec.driver_options:type_name -> google.protobuf.Struct
-	28, // 27: choiros.agent.v1.SandboxSpec.secret_rotation:type_name -> choiros.agent.v1.SecretRotation
-	13, // 28: choiros.agent.v1.SandboxSpec.auto_forward:type_name -> choiros.agent.v1.AutoForward
-	3,  // 29: choiros.agent.v1.AutoForward.mode:type_name -> choiros.agent.v1.AutoForward.Mode
-	4,  // 30: choiros.agent.v1.Mount.kind:type_name -> choiros.agent.v1.Mount.Kind
-	2,  // 31: choiros.agent.v1.Port.protocol:type_name -> choiros.agent.v1.Protocol
-	19, // 32: choiros.agent.v1.Readiness.http:type_name -> choiros.agent.v1.HttpProbe
-	20, // 33: choiros.agent.v1.Readiness.tcp:type_name -> choiros.agent.v1.TcpProbe
-	21, // 34: choiros.agent.v1.Readiness.exec:type_name -> choiros.agent.v1.ExecProbe
-	29, // 35: choiros.agent.v1.Readiness.timeout:type_name -> google.protobuf.Duration
-	29, // 36: choiros.agent.v1.Readiness.interval:type_name -> google.protobuf.Duration
-	29, // 37: choiros.agent.v1.IdlePolicy.timeout:type_name -> google.protobuf.Duration
-	5,  // 38: choiros.agent.v1.IdlePolicy.action:type_name -> choiros.agent.v1.IdlePolicy.Action
-	6,  // 39: choiros.agent.v1.RestartPolicy.mode:type_name -> choiros.agent.v1.RestartPolicy.Mode
-	29, // 40: choiros.agent.v1.RestartPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	29, // 41: choiros.agent.v1.RestartPolicy.max_backoff:type_name -> google.protobuf.Duration
-	42, // [42:42] is the sub-list for method output_type
-	42, // [42:42] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	30, // 18: choiros.agent.v1.SandboxSpec.env:type_name -> choiros.agent.v1.SandboxSpec.EnvEntry
+	19, // 19: choiros.agent.v1.SandboxSpec.resources:type_name -> choiros.agent.v1.Resources
+	20, // 20: choiros.agent.v1.SandboxSpec.mounts:type_name -> choiros.agent.v1.Mount
+	21, // 21: choiros.agent.v1.SandboxSpec.ports:type_name -> choiros.agent.v1.Port
+	22, // 22: choiros.agent.v1.SandboxSpec.secrets:type_name -> choiros.agent.v1.SecretRef
+	23, // 23: choiros.agent.v1.SandboxSpec.readiness:type_name -> choiros.agent.v1.Readiness
+	27, // 24: choiros.agent.v1.SandboxSpec.idle:type_name -> choiros.agent.v1.IdlePolicy
+	28, // 25: choiros.agent.v1.SandboxSpec.restart:type_name -> choiros.agent.v1.RestartPolicy
+	32, // 26: choiros.agent.v1.SandboxSpec.driver_options:type_name -> google.protobuf.Struct
+	33, // 27: choiros.agent.v1.SandboxSpec.secret_rotation:type_name -> choiros.agent.v1.SecretRotation
+	18, // 28: choiros.agent.v1.SandboxSpec.auto_forward:type_name -> choiros.agent.v1.AutoForward
+	15, // 29: choiros.agent.v1.SandboxSpec.egress:type_name -> choiros.agent.v1.Egress
+	3,  // 30: choiros.agent.v1.Egress.mode:type_name -> choiros.agent.v1.Egress.Mode
+	16, // 31: choiros.agent.v1.Egress.rules:type_name -> choiros.agent.v1.EgressRule
+	17, // 32: choiros.agent.v1.EgressRule.ports:type_name -> choiros.agent.v1.PortRange
+	4,  // 33: choiros.agent.v1.EgressRule.protocol:type_name -> choiros.agent.v1.EgressRule.Protocol
+	5,  // 34: choiros.agent.v1.AutoForward.mode:type_name -> choiros.agent.v1.AutoForward.Mode
+	6,  // 35: choiros.agent.v1.Mount.kind:type_name -> choiros.agent.v1.Mount.Kind
+	2,  // 36: choiros.agent.v1.Port.protocol:type_name -> choiros.agent.v1.Protocol
+	24, // 37: choiros.agent.v1.Readiness.http:type_name -> choiros.agent.v1.HttpProbe
+	25, // 38: choiros.agent.v1.Readiness.tcp:type_name -> choiros.agent.v1.TcpProbe
+	26, // 39: choiros.agent.v1.Readiness.exec:type_name -> choiros.agent.v1.ExecProbe
+	34, // 40: choiros.agent.v1.Readiness.timeout:type_name -> google.protobuf.Duration
+	34, // 41: choiros.agent.v1.Readiness.interval:type_name -> google.protobuf.Duration
+	34, // 42: choiros.agent.v1.IdlePolicy.timeout:type_name -> google.protobuf.Duration
+	7,  // 43: choiros.agent.v1.IdlePolicy.action:type_name -> choiros.agent.v1.IdlePolicy.Action
+	8,  // 44: choiros.agent.v1.RestartPolicy.mode:type_name -> choiros.agent.v1.RestartPolicy.Mode
+	34, // 45: choiros.agent.v1.RestartPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	34, // 46: choiros.agent.v1.RestartPolicy.max_backoff:type_name -> google.protobuf.Duration
+	47, // [47:47] is the sub-list for method output_type
+	47, // [47:47] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_choiros_agent_v1_sandbox_proto_init() }
@@ -2219,7 +2600,7 @@ func file_choiros_agent_v1_sandbox_proto_init() {
 		(*SandboxSpec_Image)(nil),
 		(*SandboxSpec_Machine)(nil),
 	}
-	file_choiros_agent_v1_sandbox_proto_msgTypes[11].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_proto_msgTypes[14].OneofWrappers = []any{
 		(*Readiness_Http)(nil),
 		(*Readiness_Tcp)(nil),
 		(*Readiness_Exec)(nil),
@@ -2229,8 +2610,8 @@ func file_choiros_agent_v1_sandbox_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_agent_v1_sandbox_proto_rawDesc), len(file_choiros_agent_v1_sandbox_proto_rawDesc)),
-			NumEnums:      7,
-			NumMessages:   19,
+			NumEnums:      9,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -74,6 +74,62 @@ func (LogStream) EnumDescriptor() ([]byte, []int) {
 	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{0}
 }
 
+// What was refused.
+type Refusal_Kind int32
+
+const (
+	Refusal_KIND_UNSPECIFIED Refusal_Kind = 0
+	// A TCP connection.
+	Refusal_KIND_TCP Refusal_Kind = 1
+	// UDP datagrams.
+	Refusal_KIND_UDP Refusal_Kind = 2
+	// The resolution of a name.
+	Refusal_KIND_DNS Refusal_Kind = 3
+)
+
+// Enum value maps for Refusal_Kind.
+var (
+	Refusal_Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_TCP",
+		2: "KIND_UDP",
+		3: "KIND_DNS",
+	}
+	Refusal_Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED": 0,
+		"KIND_TCP":         1,
+		"KIND_UDP":         2,
+		"KIND_DNS":         3,
+	}
+)
+
+func (x Refusal_Kind) Enum() *Refusal_Kind {
+	p := new(Refusal_Kind)
+	*p = x
+	return p
+}
+
+func (x Refusal_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Refusal_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_choiros_agent_v1_sandbox_service_proto_enumTypes[1].Descriptor()
+}
+
+func (Refusal_Kind) Type() protoreflect.EnumType {
+	return &file_choiros_agent_v1_sandbox_service_proto_enumTypes[1]
+}
+
+func (x Refusal_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Refusal_Kind.Descriptor instead.
+func (Refusal_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{34, 0}
+}
+
 type CreateSandboxRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// name and spec required; labels optional; the rest is output only.
@@ -632,6 +688,198 @@ func (x *RestartSandboxResponse) GetSandbox() *Sandbox {
 	return nil
 }
 
+type PauseSandboxRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	RequestId     string                 `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseSandboxRequest) Reset() {
+	*x = PauseSandboxRequest{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseSandboxRequest) ProtoMessage() {}
+
+func (x *PauseSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseSandboxRequest.ProtoReflect.Descriptor instead.
+func (*PauseSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *PauseSandboxRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PauseSandboxRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type PauseSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseSandboxResponse) Reset() {
+	*x = PauseSandboxResponse{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseSandboxResponse) ProtoMessage() {}
+
+func (x *PauseSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseSandboxResponse.ProtoReflect.Descriptor instead.
+func (*PauseSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *PauseSandboxResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
+type ResumeSandboxRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	RequestId     string                 `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeSandboxRequest) Reset() {
+	*x = ResumeSandboxRequest{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeSandboxRequest) ProtoMessage() {}
+
+func (x *ResumeSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeSandboxRequest.ProtoReflect.Descriptor instead.
+func (*ResumeSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ResumeSandboxRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ResumeSandboxRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type ResumeSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeSandboxResponse) Reset() {
+	*x = ResumeSandboxResponse{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeSandboxResponse) ProtoMessage() {}
+
+func (x *ResumeSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeSandboxResponse.ProtoReflect.Descriptor instead.
+func (*ResumeSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ResumeSandboxResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
 type DeleteSandboxRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -646,7 +894,7 @@ type DeleteSandboxRequest struct {
 
 func (x *DeleteSandboxRequest) Reset() {
 	*x = DeleteSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[10]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -658,7 +906,7 @@ func (x *DeleteSandboxRequest) String() string {
 func (*DeleteSandboxRequest) ProtoMessage() {}
 
 func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[10]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -671,7 +919,7 @@ func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{10}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeleteSandboxRequest) GetName() string {
@@ -710,7 +958,7 @@ type DeleteSandboxResponse struct {
 
 func (x *DeleteSandboxResponse) Reset() {
 	*x = DeleteSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[11]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -722,7 +970,7 @@ func (x *DeleteSandboxResponse) String() string {
 func (*DeleteSandboxResponse) ProtoMessage() {}
 
 func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[11]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -735,7 +983,7 @@ func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{11}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{15}
 }
 
 type GetSandboxRequest struct {
@@ -747,7 +995,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[12]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -759,7 +1007,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[12]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -772,7 +1020,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{12}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *GetSandboxRequest) GetName() string {
@@ -791,7 +1039,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[13]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +1051,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[13]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +1064,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{13}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *Sandbox {
@@ -840,7 +1088,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +1100,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +1113,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{14}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListSandboxesRequest) GetLabelSelector() string {
@@ -900,7 +1148,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[15]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -912,7 +1160,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[15]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -925,7 +1173,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{15}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*Sandbox {
@@ -958,7 +1206,7 @@ type WatchSandboxesRequest struct {
 
 func (x *WatchSandboxesRequest) Reset() {
 	*x = WatchSandboxesRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -970,7 +1218,7 @@ func (x *WatchSandboxesRequest) String() string {
 func (*WatchSandboxesRequest) ProtoMessage() {}
 
 func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -983,7 +1231,7 @@ func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{16}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WatchSandboxesRequest) GetLabelSelector() string {
@@ -1027,7 +1275,7 @@ type WatchSandboxesResponse struct {
 
 func (x *WatchSandboxesResponse) Reset() {
 	*x = WatchSandboxesResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1039,7 +1287,7 @@ func (x *WatchSandboxesResponse) String() string {
 func (*WatchSandboxesResponse) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1052,7 +1300,7 @@ func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{17}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *WatchSandboxesResponse) GetEvent() isWatchSandboxesResponse_Event {
@@ -1147,7 +1395,7 @@ type TouchSandboxRequest struct {
 
 func (x *TouchSandboxRequest) Reset() {
 	*x = TouchSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1407,7 @@ func (x *TouchSandboxRequest) String() string {
 func (*TouchSandboxRequest) ProtoMessage() {}
 
 func (x *TouchSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1420,7 @@ func (x *TouchSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TouchSandboxRequest.ProtoReflect.Descriptor instead.
 func (*TouchSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{18}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TouchSandboxRequest) GetName() string {
@@ -1198,7 +1446,7 @@ type TouchSandboxResponse struct {
 
 func (x *TouchSandboxResponse) Reset() {
 	*x = TouchSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1210,7 +1458,7 @@ func (x *TouchSandboxResponse) String() string {
 func (*TouchSandboxResponse) ProtoMessage() {}
 
 func (x *TouchSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1223,7 +1471,7 @@ func (x *TouchSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TouchSandboxResponse.ProtoReflect.Descriptor instead.
 func (*TouchSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{19}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TouchSandboxResponse) GetLastActivityTime() *timestamppb.Timestamp {
@@ -1237,8 +1485,8 @@ type UpdateSandboxRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// name and the fields that update_mask names.
 	Sandbox *Sandbox `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
-	// "labels" (replaces them all), "spec.idle". Required; unknown or immutable
-	// paths are refused.
+	// "labels" (replaces them all), "spec.idle", "spec.egress". Required; unknown
+	// or immutable paths are refused.
 	UpdateMask    *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	RequestId     string                 `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1247,7 +1495,7 @@ type UpdateSandboxRequest struct {
 
 func (x *UpdateSandboxRequest) Reset() {
 	*x = UpdateSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1259,7 +1507,7 @@ func (x *UpdateSandboxRequest) String() string {
 func (*UpdateSandboxRequest) ProtoMessage() {}
 
 func (x *UpdateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1272,7 +1520,7 @@ func (x *UpdateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{20}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *UpdateSandboxRequest) GetSandbox() *Sandbox {
@@ -1305,7 +1553,7 @@ type UpdateSandboxResponse struct {
 
 func (x *UpdateSandboxResponse) Reset() {
 	*x = UpdateSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1317,7 +1565,7 @@ func (x *UpdateSandboxResponse) String() string {
 func (*UpdateSandboxResponse) ProtoMessage() {}
 
 func (x *UpdateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1330,7 +1578,7 @@ func (x *UpdateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*UpdateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *UpdateSandboxResponse) GetSandbox() *Sandbox {
@@ -1357,7 +1605,7 @@ type StreamSandboxLogsRequest struct {
 
 func (x *StreamSandboxLogsRequest) Reset() {
 	*x = StreamSandboxLogsRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1369,7 +1617,7 @@ func (x *StreamSandboxLogsRequest) String() string {
 func (*StreamSandboxLogsRequest) ProtoMessage() {}
 
 func (x *StreamSandboxLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1382,7 +1630,7 @@ func (x *StreamSandboxLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamSandboxLogsRequest.ProtoReflect.Descriptor instead.
 func (*StreamSandboxLogsRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{22}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StreamSandboxLogsRequest) GetName() string {
@@ -1433,7 +1681,7 @@ type StreamSandboxLogsResponse struct {
 
 func (x *StreamSandboxLogsResponse) Reset() {
 	*x = StreamSandboxLogsResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1445,7 +1693,7 @@ func (x *StreamSandboxLogsResponse) String() string {
 func (*StreamSandboxLogsResponse) ProtoMessage() {}
 
 func (x *StreamSandboxLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1458,7 +1706,7 @@ func (x *StreamSandboxLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamSandboxLogsResponse.ProtoReflect.Descriptor instead.
 func (*StreamSandboxLogsResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StreamSandboxLogsResponse) GetStream() LogStream {
@@ -1482,6 +1730,445 @@ func (x *StreamSandboxLogsResponse) GetData() []byte {
 	return nil
 }
 
+// AttachConsoleRequest is what a caller says to a console.
+type AttachConsoleRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// open first, then data.
+	//
+	// Types that are valid to be assigned to Message:
+	//
+	//	*AttachConsoleRequest_Open
+	//	*AttachConsoleRequest_Data
+	Message       isAttachConsoleRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachConsoleRequest) Reset() {
+	*x = AttachConsoleRequest{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachConsoleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachConsoleRequest) ProtoMessage() {}
+
+func (x *AttachConsoleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachConsoleRequest.ProtoReflect.Descriptor instead.
+func (*AttachConsoleRequest) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *AttachConsoleRequest) GetMessage() isAttachConsoleRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *AttachConsoleRequest) GetOpen() *ConsoleOpen {
+	if x != nil {
+		if x, ok := x.Message.(*AttachConsoleRequest_Open); ok {
+			return x.Open
+		}
+	}
+	return nil
+}
+
+func (x *AttachConsoleRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*AttachConsoleRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isAttachConsoleRequest_Message interface {
+	isAttachConsoleRequest_Message()
+}
+
+type AttachConsoleRequest_Open struct {
+	Open *ConsoleOpen `protobuf:"bytes,1,opt,name=open,proto3,oneof"`
+}
+
+type AttachConsoleRequest_Data struct {
+	// What is typed; at most 1 MiB.
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*AttachConsoleRequest_Open) isAttachConsoleRequest_Message() {}
+
+func (*AttachConsoleRequest_Data) isAttachConsoleRequest_Message() {}
+
+type ConsoleOpen struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandbox.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleOpen) Reset() {
+	*x = ConsoleOpen{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleOpen) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleOpen) ProtoMessage() {}
+
+func (x *ConsoleOpen) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleOpen.ProtoReflect.Descriptor instead.
+func (*ConsoleOpen) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ConsoleOpen) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type AttachConsoleResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// opened first, then data.
+	//
+	// Types that are valid to be assigned to Message:
+	//
+	//	*AttachConsoleResponse_Opened
+	//	*AttachConsoleResponse_Data
+	Message       isAttachConsoleResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachConsoleResponse) Reset() {
+	*x = AttachConsoleResponse{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachConsoleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachConsoleResponse) ProtoMessage() {}
+
+func (x *AttachConsoleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachConsoleResponse.ProtoReflect.Descriptor instead.
+func (*AttachConsoleResponse) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *AttachConsoleResponse) GetMessage() isAttachConsoleResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *AttachConsoleResponse) GetOpened() *ConsoleOpened {
+	if x != nil {
+		if x, ok := x.Message.(*AttachConsoleResponse_Opened); ok {
+			return x.Opened
+		}
+	}
+	return nil
+}
+
+func (x *AttachConsoleResponse) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*AttachConsoleResponse_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isAttachConsoleResponse_Message interface {
+	isAttachConsoleResponse_Message()
+}
+
+type AttachConsoleResponse_Opened struct {
+	Opened *ConsoleOpened `protobuf:"bytes,1,opt,name=opened,proto3,oneof"`
+}
+
+type AttachConsoleResponse_Data struct {
+	// What it says, byte for byte.
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*AttachConsoleResponse_Opened) isAttachConsoleResponse_Message() {}
+
+func (*AttachConsoleResponse_Data) isAttachConsoleResponse_Message() {}
+
+type ConsoleOpened struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The boot that it is the console of.
+	Generation    uint64 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleOpened) Reset() {
+	*x = ConsoleOpened{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleOpened) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleOpened) ProtoMessage() {}
+
+func (x *ConsoleOpened) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleOpened.ProtoReflect.Descriptor instead.
+func (*ConsoleOpened) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ConsoleOpened) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+type ListRefusalsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandbox.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRefusalsRequest) Reset() {
+	*x = ListRefusalsRequest{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRefusalsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRefusalsRequest) ProtoMessage() {}
+
+func (x *ListRefusalsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRefusalsRequest.ProtoReflect.Descriptor instead.
+func (*ListRefusalsRequest) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ListRefusalsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ListRefusalsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The latest first, at most 64; none of a sandbox that does not run.
+	Refusals []*Refusal `protobuf:"bytes,1,rep,name=refusals,proto3" json:"refusals,omitempty"`
+	// How often in all, those that are not listed any more included.
+	TotalCount    uint64 `protobuf:"varint,2,opt,name=total_count,json=totalCount,proto3" json:"total_count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRefusalsResponse) Reset() {
+	*x = ListRefusalsResponse{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRefusalsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRefusalsResponse) ProtoMessage() {}
+
+func (x *ListRefusalsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRefusalsResponse.ProtoReflect.Descriptor instead.
+func (*ListRefusalsResponse) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ListRefusalsResponse) GetRefusals() []*Refusal {
+	if x != nil {
+		return x.Refusals
+	}
+	return nil
+}
+
+func (x *ListRefusalsResponse) GetTotalCount() uint64 {
+	if x != nil {
+		return x.TotalCount
+	}
+	return 0
+}
+
+// Refusal is a destination that a sandbox was kept from.
+type Refusal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Kind  Refusal_Kind           `protobuf:"varint,1,opt,name=kind,proto3,enum=choiros.agent.v1.Refusal_Kind" json:"kind,omitempty"`
+	// An address, or the name. It is as the sandbox gave it, and not to be trusted.
+	Destination string `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"`
+	// Zero for a name.
+	Port          uint32                 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`
+	Count         uint64                 `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
+	LastTime      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=last_time,json=lastTime,proto3" json:"last_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Refusal) Reset() {
+	*x = Refusal{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Refusal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Refusal) ProtoMessage() {}
+
+func (x *Refusal) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
+func (*Refusal) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *Refusal) GetKind() Refusal_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return Refusal_KIND_UNSPECIFIED
+}
+
+func (x *Refusal) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *Refusal) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *Refusal) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *Refusal) GetLastTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastTime
+	}
+	return nil
+}
+
 type WatchSandboxesResponse_Sync struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1490,7 +2177,7 @@ type WatchSandboxesResponse_Sync struct {
 
 func (x *WatchSandboxesResponse_Sync) Reset() {
 	*x = WatchSandboxesResponse_Sync{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1502,7 +2189,7 @@ func (x *WatchSandboxesResponse_Sync) String() string {
 func (*WatchSandboxesResponse_Sync) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse_Sync) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1515,7 +2202,7 @@ func (x *WatchSandboxesResponse_Sync) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse_Sync.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse_Sync) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{17, 0}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21, 0}
 }
 
 type WatchSandboxesResponse_Reset struct {
@@ -1526,7 +2213,7 @@ type WatchSandboxesResponse_Reset struct {
 
 func (x *WatchSandboxesResponse_Reset) Reset() {
 	*x = WatchSandboxesResponse_Reset{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1538,7 +2225,7 @@ func (x *WatchSandboxesResponse_Reset) String() string {
 func (*WatchSandboxesResponse_Reset) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse_Reset) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1551,7 +2238,7 @@ func (x *WatchSandboxesResponse_Reset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse_Reset.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse_Reset) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{17, 1}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21, 1}
 }
 
 var File_choiros_agent_v1_sandbox_service_proto protoreflect.FileDescriptor
@@ -1605,6 +2292,18 @@ const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x03 \x01(\tR\trequestId\"M\n" +
 	"\x16RestartSandboxResponse\x123\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"H\n" +
+	"\x13PauseSandboxRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\"K\n" +
+	"\x14PauseSandboxResponse\x123\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"I\n" +
+	"\x14ResumeSandboxRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\"L\n" +
+	"\x15ResumeSandboxResponse\x123\n" +
 	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"\x9f\x01\n" +
 	"\x14DeleteSandboxRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
@@ -1662,17 +2361,50 @@ const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\x19StreamSandboxLogsResponse\x123\n" +
 	"\x06stream\x18\x01 \x01(\x0e2\x1b.choiros.agent.v1.LogStreamR\x06stream\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
-	"\x04data\x18\x03 \x01(\fR\x04data*U\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"l\n" +
+	"\x14AttachConsoleRequest\x123\n" +
+	"\x04open\x18\x01 \x01(\v2\x1d.choiros.agent.v1.ConsoleOpenH\x00R\x04open\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\t\n" +
+	"\amessage\"!\n" +
+	"\vConsoleOpen\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"s\n" +
+	"\x15AttachConsoleResponse\x129\n" +
+	"\x06opened\x18\x01 \x01(\v2\x1f.choiros.agent.v1.ConsoleOpenedH\x00R\x06opened\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\t\n" +
+	"\amessage\"/\n" +
+	"\rConsoleOpened\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x01 \x01(\x04R\n" +
+	"generation\")\n" +
+	"\x13ListRefusalsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"n\n" +
+	"\x14ListRefusalsResponse\x125\n" +
+	"\brefusals\x18\x01 \x03(\v2\x19.choiros.agent.v1.RefusalR\brefusals\x12\x1f\n" +
+	"\vtotal_count\x18\x02 \x01(\x04R\n" +
+	"totalCount\"\x8a\x02\n" +
+	"\aRefusal\x122\n" +
+	"\x04kind\x18\x01 \x01(\x0e2\x1e.choiros.agent.v1.Refusal.KindR\x04kind\x12 \n" +
+	"\vdestination\x18\x02 \x01(\tR\vdestination\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\rR\x04port\x12\x14\n" +
+	"\x05count\x18\x04 \x01(\x04R\x05count\x127\n" +
+	"\tlast_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\blastTime\"F\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\f\n" +
+	"\bKIND_TCP\x10\x01\x12\f\n" +
+	"\bKIND_UDP\x10\x02\x12\f\n" +
+	"\bKIND_DNS\x10\x03*U\n" +
 	"\tLogStream\x12\x1a\n" +
 	"\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n" +
-	"\x11LOG_STREAM_STDERR\x10\x022\xa9\t\n" +
+	"\x11LOG_STREAM_STDERR\x10\x022\xaf\f\n" +
 	"\x0eSandboxService\x12`\n" +
 	"\rCreateSandbox\x12&.choiros.agent.v1.CreateSandboxRequest\x1a'.choiros.agent.v1.CreateSandboxResponse\x12`\n" +
 	"\rEnsureSandbox\x12&.choiros.agent.v1.EnsureSandboxRequest\x1a'.choiros.agent.v1.EnsureSandboxResponse\x12]\n" +
 	"\fStartSandbox\x12%.choiros.agent.v1.StartSandboxRequest\x1a&.choiros.agent.v1.StartSandboxResponse\x12Z\n" +
 	"\vStopSandbox\x12$.choiros.agent.v1.StopSandboxRequest\x1a%.choiros.agent.v1.StopSandboxResponse\x12c\n" +
-	"\x0eRestartSandbox\x12'.choiros.agent.v1.RestartSandboxRequest\x1a(.choiros.agent.v1.RestartSandboxResponse\x12`\n" +
+	"\x0eRestartSandbox\x12'.choiros.agent.v1.RestartSandboxRequest\x1a(.choiros.agent.v1.RestartSandboxResponse\x12]\n" +
+	"\fPauseSandbox\x12%.choiros.agent.v1.PauseSandboxRequest\x1a&.choiros.agent.v1.PauseSandboxResponse\x12`\n" +
+	"\rResumeSandbox\x12&.choiros.agent.v1.ResumeSandboxRequest\x1a'.choiros.agent.v1.ResumeSandboxResponse\x12`\n" +
 	"\rDeleteSandbox\x12&.choiros.agent.v1.DeleteSandboxRequest\x1a'.choiros.agent.v1.DeleteSandboxResponse\x12W\n" +
 	"\n" +
 	"GetSandbox\x12#.choiros.agent.v1.GetSandboxRequest\x1a$.choiros.agent.v1.GetSandboxResponse\x12`\n" +
@@ -1680,7 +2412,9 @@ const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\x0eWatchSandboxes\x12'.choiros.agent.v1.WatchSandboxesRequest\x1a(.choiros.agent.v1.WatchSandboxesResponse0\x01\x12]\n" +
 	"\fTouchSandbox\x12%.choiros.agent.v1.TouchSandboxRequest\x1a&.choiros.agent.v1.TouchSandboxResponse\x12`\n" +
 	"\rUpdateSandbox\x12&.choiros.agent.v1.UpdateSandboxRequest\x1a'.choiros.agent.v1.UpdateSandboxResponse\x12n\n" +
-	"\x11StreamSandboxLogs\x12*.choiros.agent.v1.StreamSandboxLogsRequest\x1a+.choiros.agent.v1.StreamSandboxLogsResponse0\x01B7Z5github.com/choiros/agent/api/choiros/agent/v1;agentv1b\x06proto3"
+	"\x11StreamSandboxLogs\x12*.choiros.agent.v1.StreamSandboxLogsRequest\x1a+.choiros.agent.v1.StreamSandboxLogsResponse0\x01\x12d\n" +
+	"\rAttachConsole\x12&.choiros.agent.v1.AttachConsoleRequest\x1a'.choiros.agent.v1.AttachConsoleResponse(\x010\x01\x12]\n" +
+	"\fListRefusals\x12%.choiros.agent.v1.ListRefusalsRequest\x1a&.choiros.agent.v1.ListRefusalsResponseB7Z5github.com/choiros/agent/api/choiros/agent/v1;agentv1b\x06proto3"
 
 var (
 	file_choiros_agent_v1_sandbox_service_proto_rawDescOnce sync.Once
@@ -1694,101 +2428,128 @@ func file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP() []byte {
 	return file_choiros_agent_v1_sandbox_service_proto_rawDescData
 }
 
-var file_choiros_agent_v1_sandbox_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_choiros_agent_v1_sandbox_service_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_choiros_agent_v1_sandbox_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_choiros_agent_v1_sandbox_service_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_choiros_agent_v1_sandbox_service_proto_goTypes = []any{
 	(LogStream)(0),                       // 0: choiros.agent.v1.LogStream
-	(*CreateSandboxRequest)(nil),         // 1: choiros.agent.v1.CreateSandboxRequest
-	(*CreateSandboxResponse)(nil),        // 2: choiros.agent.v1.CreateSandboxResponse
-	(*EnsureSandboxRequest)(nil),         // 3: choiros.agent.v1.EnsureSandboxRequest
-	(*EnsureSandboxResponse)(nil),        // 4: choiros.agent.v1.EnsureSandboxResponse
-	(*StartSandboxRequest)(nil),          // 5: choiros.agent.v1.StartSandboxRequest
-	(*StartSandboxResponse)(nil),         // 6: choiros.agent.v1.StartSandboxResponse
-	(*StopSandboxRequest)(nil),           // 7: choiros.agent.v1.StopSandboxRequest
-	(*StopSandboxResponse)(nil),          // 8: choiros.agent.v1.StopSandboxResponse
-	(*RestartSandboxRequest)(nil),        // 9: choiros.agent.v1.RestartSandboxRequest
-	(*RestartSandboxResponse)(nil),       // 10: choiros.agent.v1.RestartSandboxResponse
-	(*DeleteSandboxRequest)(nil),         // 11: choiros.agent.v1.DeleteSandboxRequest
-	(*DeleteSandboxResponse)(nil),        // 12: choiros.agent.v1.DeleteSandboxResponse
-	(*GetSandboxRequest)(nil),            // 13: choiros.agent.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),           // 14: choiros.agent.v1.GetSandboxResponse
-	(*ListSandboxesRequest)(nil),         // 15: choiros.agent.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),        // 16: choiros.agent.v1.ListSandboxesResponse
-	(*WatchSandboxesRequest)(nil),        // 17: choiros.agent.v1.WatchSandboxesRequest
-	(*WatchSandboxesResponse)(nil),       // 18: choiros.agent.v1.WatchSandboxesResponse
-	(*TouchSandboxRequest)(nil),          // 19: choiros.agent.v1.TouchSandboxRequest
-	(*TouchSandboxResponse)(nil),         // 20: choiros.agent.v1.TouchSandboxResponse
-	(*UpdateSandboxRequest)(nil),         // 21: choiros.agent.v1.UpdateSandboxRequest
-	(*UpdateSandboxResponse)(nil),        // 22: choiros.agent.v1.UpdateSandboxResponse
-	(*StreamSandboxLogsRequest)(nil),     // 23: choiros.agent.v1.StreamSandboxLogsRequest
-	(*StreamSandboxLogsResponse)(nil),    // 24: choiros.agent.v1.StreamSandboxLogsResponse
-	nil,                                  // 25: choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
-	nil,                                  // 26: choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
-	nil,                                  // 27: choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
-	(*WatchSandboxesResponse_Sync)(nil),  // 28: choiros.agent.v1.WatchSandboxesResponse.Sync
-	(*WatchSandboxesResponse_Reset)(nil), // 29: choiros.agent.v1.WatchSandboxesResponse.Reset
-	(*Sandbox)(nil),                      // 30: choiros.agent.v1.Sandbox
-	(*durationpb.Duration)(nil),          // 31: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),        // 32: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),        // 33: google.protobuf.FieldMask
+	(Refusal_Kind)(0),                    // 1: choiros.agent.v1.Refusal.Kind
+	(*CreateSandboxRequest)(nil),         // 2: choiros.agent.v1.CreateSandboxRequest
+	(*CreateSandboxResponse)(nil),        // 3: choiros.agent.v1.CreateSandboxResponse
+	(*EnsureSandboxRequest)(nil),         // 4: choiros.agent.v1.EnsureSandboxRequest
+	(*EnsureSandboxResponse)(nil),        // 5: choiros.agent.v1.EnsureSandboxResponse
+	(*StartSandboxRequest)(nil),          // 6: choiros.agent.v1.StartSandboxRequest
+	(*StartSandboxResponse)(nil),         // 7: choiros.agent.v1.StartSandboxResponse
+	(*StopSandboxRequest)(nil),           // 8: choiros.agent.v1.StopSandboxRequest
+	(*StopSandboxResponse)(nil),          // 9: choiros.agent.v1.StopSandboxResponse
+	(*RestartSandboxRequest)(nil),        // 10: choiros.agent.v1.RestartSandboxRequest
+	(*RestartSandboxResponse)(nil),       // 11: choiros.agent.v1.RestartSandboxResponse
+	(*PauseSandboxRequest)(nil),          // 12: choiros.agent.v1.PauseSandboxRequest
+	(*PauseSandboxResponse)(nil),         // 13: choiros.agent.v1.PauseSandboxResponse
+	(*ResumeSandboxRequest)(nil),         // 14: choiros.agent.v1.ResumeSandboxRequest
+	(*ResumeSandboxResponse)(nil),        // 15: choiros.agent.v1.ResumeSandboxResponse
+	(*DeleteSandboxRequest)(nil),         // 16: choiros.agent.v1.DeleteSandboxRequest
+	(*DeleteSandboxResponse)(nil),        // 17: choiros.agent.v1.DeleteSandboxResponse
+	(*GetSandboxRequest)(nil),            // 18: choiros.agent.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),           // 19: choiros.agent.v1.GetSandboxResponse
+	(*ListSandboxesRequest)(nil),         // 20: choiros.agent.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),        // 21: choiros.agent.v1.ListSandboxesResponse
+	(*WatchSandboxesRequest)(nil),        // 22: choiros.agent.v1.WatchSandboxesRequest
+	(*WatchSandboxesResponse)(nil),       // 23: choiros.agent.v1.WatchSandboxesResponse
+	(*TouchSandboxRequest)(nil),          // 24: choiros.agent.v1.TouchSandboxRequest
+	(*TouchSandboxResponse)(nil),         // 25: choiros.agent.v1.TouchSandboxResponse
+	(*UpdateSandboxRequest)(nil),         // 26: choiros.agent.v1.UpdateSandboxRequest
+	(*UpdateSandboxResponse)(nil),        // 27: choiros.agent.v1.UpdateSandboxResponse
+	(*StreamSandboxLogsRequest)(nil),     // 28: choiros.agent.v1.StreamSandboxLogsRequest
+	(*StreamSandboxLogsResponse)(nil),    // 29: choiros.agent.v1.StreamSandboxLogsResponse
+	(*AttachConsoleRequest)(nil),         // 30: choiros.agent.v1.AttachConsoleRequest
+	(*ConsoleOpen)(nil),                  // 31: choiros.agent.v1.ConsoleOpen
+	(*AttachConsoleResponse)(nil),        // 32: choiros.agent.v1.AttachConsoleResponse
+	(*ConsoleOpened)(nil),                // 33: choiros.agent.v1.ConsoleOpened
+	(*ListRefusalsRequest)(nil),          // 34: choiros.agent.v1.ListRefusalsRequest
+	(*ListRefusalsResponse)(nil),         // 35: choiros.agent.v1.ListRefusalsResponse
+	(*Refusal)(nil),                      // 36: choiros.agent.v1.Refusal
+	nil,                                  // 37: choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
+	nil,                                  // 38: choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
+	nil,                                  // 39: choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
+	(*WatchSandboxesResponse_Sync)(nil),  // 40: choiros.agent.v1.WatchSandboxesResponse.Sync
+	(*WatchSandboxesResponse_Reset)(nil), // 41: choiros.agent.v1.WatchSandboxesResponse.Reset
+	(*Sandbox)(nil),                      // 42: choiros.agent.v1.Sandbox
+	(*durationpb.Duration)(nil),          // 43: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),        // 44: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),        // 45: google.protobuf.FieldMask
 }
 var file_choiros_agent_v1_sandbox_service_proto_depIdxs = []int32{
-	30, // 0: choiros.agent.v1.CreateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	25, // 1: choiros.agent.v1.CreateSandboxRequest.secret_values:type_name -> choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
-	30, // 2: choiros.agent.v1.CreateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	30, // 3: choiros.agent.v1.EnsureSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	26, // 4: choiros.agent.v1.EnsureSandboxRequest.secret_values:type_name -> choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
-	30, // 5: choiros.agent.v1.EnsureSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	27, // 6: choiros.agent.v1.StartSandboxRequest.secret_values:type_name -> choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
-	30, // 7: choiros.agent.v1.StartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	31, // 8: choiros.agent.v1.StopSandboxRequest.grace:type_name -> google.protobuf.Duration
-	30, // 9: choiros.agent.v1.StopSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	31, // 10: choiros.agent.v1.RestartSandboxRequest.grace:type_name -> google.protobuf.Duration
-	30, // 11: choiros.agent.v1.RestartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	31, // 12: choiros.agent.v1.DeleteSandboxRequest.grace:type_name -> google.protobuf.Duration
-	30, // 13: choiros.agent.v1.GetSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	30, // 14: choiros.agent.v1.ListSandboxesResponse.sandboxes:type_name -> choiros.agent.v1.Sandbox
-	30, // 15: choiros.agent.v1.WatchSandboxesResponse.changed:type_name -> choiros.agent.v1.Sandbox
-	30, // 16: choiros.agent.v1.WatchSandboxesResponse.deleted:type_name -> choiros.agent.v1.Sandbox
-	28, // 17: choiros.agent.v1.WatchSandboxesResponse.sync:type_name -> choiros.agent.v1.WatchSandboxesResponse.Sync
-	29, // 18: choiros.agent.v1.WatchSandboxesResponse.reset:type_name -> choiros.agent.v1.WatchSandboxesResponse.Reset
-	32, // 19: choiros.agent.v1.TouchSandboxResponse.last_activity_time:type_name -> google.protobuf.Timestamp
-	30, // 20: choiros.agent.v1.UpdateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	33, // 21: choiros.agent.v1.UpdateSandboxRequest.update_mask:type_name -> google.protobuf.FieldMask
-	30, // 22: choiros.agent.v1.UpdateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	32, // 23: choiros.agent.v1.StreamSandboxLogsRequest.since:type_name -> google.protobuf.Timestamp
-	0,  // 24: choiros.agent.v1.StreamSandboxLogsRequest.streams:type_name -> choiros.agent.v1.LogStream
-	0,  // 25: choiros.agent.v1.StreamSandboxLogsResponse.stream:type_name -> choiros.agent.v1.LogStream
-	32, // 26: choiros.agent.v1.StreamSandboxLogsResponse.time:type_name -> google.protobuf.Timestamp
-	1,  // 27: choiros.agent.v1.SandboxService.CreateSandbox:input_type -> choiros.agent.v1.CreateSandboxRequest
-	3,  // 28: choiros.agent.v1.SandboxService.EnsureSandbox:input_type -> choiros.agent.v1.EnsureSandboxRequest
-	5,  // 29: choiros.agent.v1.SandboxService.StartSandbox:input_type -> choiros.agent.v1.StartSandboxRequest
-	7,  // 30: choiros.agent.v1.SandboxService.StopSandbox:input_type -> choiros.agent.v1.StopSandboxRequest
-	9,  // 31: choiros.agent.v1.SandboxService.RestartSandbox:input_type -> choiros.agent.v1.RestartSandboxRequest
-	11, // 32: choiros.agent.v1.SandboxService.DeleteSandbox:input_type -> choiros.agent.v1.DeleteSandboxRequest
-	13, // 33: choiros.agent.v1.SandboxService.GetSandbox:input_type -> choiros.agent.v1.GetSandboxRequest
-	15, // 34: choiros.agent.v1.SandboxService.ListSandboxes:input_type -> choiros.agent.v1.ListSandboxesRequest
-	17, // 35: choiros.agent.v1.SandboxService.WatchSandboxes:input_type -> choiros.agent.v1.WatchSandboxesRequest
-	19, // 36: choiros.agent.v1.SandboxService.TouchSandbox:input_type -> choiros.agent.v1.TouchSandboxRequest
-	21, // 37: choiros.agent.v1.SandboxService.UpdateSandbox:input_type -> choiros.agent.v1.UpdateSandboxRequest
-	23, // 38: choiros.agent.v1.SandboxService.StreamSandboxLogs:input_type -> choiros.agent.v1.StreamSandboxLogsRequest
-	2,  // 39: choiros.agent.v1.SandboxService.CreateSandbox:output_type -> choiros.agent.v1.CreateSandboxResponse
-	4,  // 40: choiros.agent.v1.SandboxService.EnsureSandbox:output_type -> choiros.agent.v1.EnsureSandboxResponse
-	6,  // 41: choiros.agent.v1.SandboxService.StartSandbox:output_type -> choiros.agent.v1.StartSandboxResponse
-	8,  // 42: choiros.agent.v1.SandboxService.StopSandbox:output_type -> choiros.agent.v1.StopSandboxResponse
-	10, // 43: choiros.agent.v1.SandboxService.RestartSandbox:output_type -> choiros.agent.v1.RestartSandboxResponse
-	12, // 44: choiros.agent.v1.SandboxService.DeleteSandbox:output_type -> choiros.agent.v1.DeleteSandboxResponse
-	14, // 45: choiros.agent.v1.SandboxService.GetSandbox:output_type -> choiros.agent.v1.GetSandboxResponse
-	16, // 46: choiros.agent.v1.SandboxService.ListSandboxes:output_type -> choiros.agent.v1.ListSandboxesResponse
-	18, // 47: choiros.agent.v1.SandboxService.WatchSandboxes:output_type -> choiros.agent.v1.WatchSandboxesResponse
-	20, // 48: choiros.agent.v1.SandboxService.TouchSandbox:output_type -> choiros.agent.v1.TouchSandboxResponse
-	22, // 49: choiros.agent.v1.SandboxService.UpdateSandbox:output_type -> choiros.agent.v1.UpdateSandboxResponse
-	24, // 50: choiros.agent.v1.SandboxService.StreamSandboxLogs:output_type -> choiros.agent.v1.StreamSandboxLogsResponse
-	39, // [39:51] is the sub-list for method output_type
-	27, // [27:39] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	42, // 0: choiros.agent.v1.CreateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	37, // 1: choiros.agent.v1.CreateSandboxRequest.secret_values:type_name -> choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
+	42, // 2: choiros.agent.v1.CreateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	42, // 3: choiros.agent.v1.EnsureSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	38, // 4: choiros.agent.v1.EnsureSandboxRequest.secret_values:type_name -> choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
+	42, // 5: choiros.agent.v1.EnsureSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	39, // 6: choiros.agent.v1.StartSandboxRequest.secret_values:type_name -> choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
+	42, // 7: choiros.agent.v1.StartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	43, // 8: choiros.agent.v1.StopSandboxRequest.grace:type_name -> google.protobuf.Duration
+	42, // 9: choiros.agent.v1.StopSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	43, // 10: choiros.agent.v1.RestartSandboxRequest.grace:type_name -> google.protobuf.Duration
+	42, // 11: choiros.agent.v1.RestartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	42, // 12: choiros.agent.v1.PauseSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	42, // 13: choiros.agent.v1.ResumeSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	43, // 14: choiros.agent.v1.DeleteSandboxRequest.grace:type_name -> google.protobuf.Duration
+	42, // 15: choiros.agent.v1.GetSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	42, // 16: choiros.agent.v1.ListSandboxesResponse.sandboxes:type_name -> choiros.agent.v1.Sandbox
+	42, // 17: choiros.agent.v1.WatchSandboxesResponse.changed:type_name -> choiros.agent.v1.Sandbox
+	42, // 18: choiros.agent.v1.WatchSandboxesResponse.deleted:type_name -> choiros.agent.v1.Sandbox
+	40, // 19: choiros.agent.v1.WatchSandboxesResponse.sync:type_name -> choiros.agent.v1.WatchSandboxesResponse.Sync
+	41, // 20: choiros.agent.v1.WatchSandboxesResponse.reset:type_name -> choiros.agent.v1.WatchSandboxesResponse.Reset
+	44, // 21: choiros.agent.v1.TouchSandboxResponse.last_activity_time:type_name -> google.protobuf.Timestamp
+	42, // 22: choiros.agent.v1.UpdateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	45, // 23: choiros.agent.v1.UpdateSandboxRequest.update_mask:type_name -> google.protobuf.FieldMask
+	42, // 24: choiros.agent.v1.UpdateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	44, // 25: choiros.agent.v1.StreamSandboxLogsRequest.since:type_name -> google.protobuf.Timestamp
+	0,  // 26: choiros.agent.v1.StreamSandboxLogsRequest.streams:type_name -> choiros.agent.v1.LogStream
+	0,  // 27: choiros.agent.v1.StreamSandboxLogsResponse.stream:type_name -> choiros.agent.v1.LogStream
+	44, // 28: choiros.agent.v1.StreamSandboxLogsResponse.time:type_name -> google.protobuf.Timestamp
+	31, // 29: choiros.agent.v1.AttachConsoleRequest.open:type_name -> choiros.agent.v1.ConsoleOpen
+	33, // 30: choiros.agent.v1.AttachConsoleResponse.opened:type_name -> choiros.agent.v1.ConsoleOpened
+	36, // 31: choiros.agent.v1.ListRefusalsResponse.refusals:type_name -> choiros.agent.v1.Refusal
+	1,  // 32: choiros.agent.v1.Refusal.kind:type_name -> choiros.agent.v1.Refusal.Kind
+	44, // 33: choiros.agent.v1.Refusal.last_time:type_name -> google.protobuf.Timestamp
+	2,  // 34: choiros.agent.v1.SandboxService.CreateSandbox:input_type -> choiros.agent.v1.CreateSandboxRequest
+	4,  // 35: choiros.agent.v1.SandboxService.EnsureSandbox:input_type -> choiros.agent.v1.EnsureSandboxRequest
+	6,  // 36: choiros.agent.v1.SandboxService.StartSandbox:input_type -> choiros.agent.v1.StartSandboxRequest
+	8,  // 37: choiros.agent.v1.SandboxService.StopSandbox:input_type -> choiros.agent.v1.StopSandboxRequest
+	10, // 38: choiros.agent.v1.SandboxService.RestartSandbox:input_type -> choiros.agent.v1.RestartSandboxRequest
+	12, // 39: choiros.agent.v1.SandboxService.PauseSandbox:input_type -> choiros.agent.v1.PauseSandboxRequest
+	14, // 40: choiros.agent.v1.SandboxService.ResumeSandbox:input_type -> choiros.agent.v1.ResumeSandboxRequest
+	16, // 41: choiros.agent.v1.SandboxService.DeleteSandbox:input_type -> choiros.agent.v1.DeleteSandboxRequest
+	18, // 42: choiros.agent.v1.SandboxService.GetSandbox:input_type -> choiros.agent.v1.GetSandboxRequest
+	20, // 43: choiros.agent.v1.SandboxService.ListSandboxes:input_type -> choiros.agent.v1.ListSandboxesRequest
+	22, // 44: choiros.agent.v1.SandboxService.WatchSandboxes:input_type -> choiros.agent.v1.WatchSandboxesRequest
+	24, // 45: choiros.agent.v1.SandboxService.TouchSandbox:input_type -> choiros.agent.v1.TouchSandboxRequest
+	26, // 46: choiros.agent.v1.SandboxService.UpdateSandbox:input_type -> choiros.agent.v1.UpdateSandboxRequest
+	28, // 47: choiros.agent.v1.SandboxService.StreamSandboxLogs:input_type -> choiros.agent.v1.StreamSandboxLogsRequest
+	30, // 48: choiros.agent.v1.SandboxService.AttachConsole:input_type -> choiros.agent.v1.AttachConsoleRequest
+	34, // 49: choiros.agent.v1.SandboxService.ListRefusals:input_type -> choiros.agent.v1.ListRefusalsRequest
+	3,  // 50: choiros.agent.v1.SandboxService.CreateSandbox:output_type -> choiros.agent.v1.CreateSandboxResponse
+	5,  // 51: choiros.agent.v1.SandboxService.EnsureSandbox:output_type -> choiros.agent.v1.EnsureSandboxResponse
+	7,  // 52: choiros.agent.v1.SandboxService.StartSandbox:output_type -> choiros.agent.v1.StartSandboxResponse
+	9,  // 53: choiros.agent.v1.SandboxService.StopSandbox:output_type -> choiros.agent.v1.StopSandboxResponse
+	11, // 54: choiros.agent.v1.SandboxService.RestartSandbox:output_type -> choiros.agent.v1.RestartSandboxResponse
+	13, // 55: choiros.agent.v1.SandboxService.PauseSandbox:output_type -> choiros.agent.v1.PauseSandboxResponse
+	15, // 56: choiros.agent.v1.SandboxService.ResumeSandbox:output_type -> choiros.agent.v1.ResumeSandboxResponse
+	17, // 57: choiros.agent.v1.SandboxService.DeleteSandbox:output_type -> choiros.agent.v1.DeleteSandboxResponse
+	19, // 58: choiros.agent.v1.SandboxService.GetSandbox:output_type -> choiros.agent.v1.GetSandboxResponse
+	21, // 59: choiros.agent.v1.SandboxService.ListSandboxes:output_type -> choiros.agent.v1.ListSandboxesResponse
+	23, // 60: choiros.agent.v1.SandboxService.WatchSandboxes:output_type -> choiros.agent.v1.WatchSandboxesResponse
+	25, // 61: choiros.agent.v1.SandboxService.TouchSandbox:output_type -> choiros.agent.v1.TouchSandboxResponse
+	27, // 62: choiros.agent.v1.SandboxService.UpdateSandbox:output_type -> choiros.agent.v1.UpdateSandboxResponse
+	29, // 63: choiros.agent.v1.SandboxService.StreamSandboxLogs:output_type -> choiros.agent.v1.StreamSandboxLogsResponse
+	32, // 64: choiros.agent.v1.SandboxService.AttachConsole:output_type -> choiros.agent.v1.AttachConsoleResponse
+	35, // 65: choiros.agent.v1.SandboxService.ListRefusals:output_type -> choiros.agent.v1.ListRefusalsResponse
+	50, // [50:66] is the sub-list for method output_type
+	34, // [34:50] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_choiros_agent_v1_sandbox_service_proto_init() }
@@ -1797,20 +2558,28 @@ func file_choiros_agent_v1_sandbox_service_proto_init() {
 		return
 	}
 	file_choiros_agent_v1_sandbox_proto_init()
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[17].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[21].OneofWrappers = []any{
 		(*WatchSandboxesResponse_Changed)(nil),
 		(*WatchSandboxesResponse_Deleted)(nil),
 		(*WatchSandboxesResponse_Sync_)(nil),
 		(*WatchSandboxesResponse_Reset_)(nil),
 	}
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[22].OneofWrappers = []any{}
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[26].OneofWrappers = []any{}
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[28].OneofWrappers = []any{
+		(*AttachConsoleRequest_Open)(nil),
+		(*AttachConsoleRequest_Data)(nil),
+	}
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[30].OneofWrappers = []any{
+		(*AttachConsoleResponse_Opened)(nil),
+		(*AttachConsoleResponse_Data)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_agent_v1_sandbox_service_proto_rawDesc), len(file_choiros_agent_v1_sandbox_service_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   29,
+			NumEnums:      2,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

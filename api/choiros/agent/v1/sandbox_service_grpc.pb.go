@@ -24,6 +24,8 @@ const (
 	SandboxService_StartSandbox_FullMethodName      = "/choiros.agent.v1.SandboxService/StartSandbox"
 	SandboxService_StopSandbox_FullMethodName       = "/choiros.agent.v1.SandboxService/StopSandbox"
 	SandboxService_RestartSandbox_FullMethodName    = "/choiros.agent.v1.SandboxService/RestartSandbox"
+	SandboxService_PauseSandbox_FullMethodName      = "/choiros.agent.v1.SandboxService/PauseSandbox"
+	SandboxService_ResumeSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/ResumeSandbox"
 	SandboxService_DeleteSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/DeleteSandbox"
 	SandboxService_GetSandbox_FullMethodName        = "/choiros.agent.v1.SandboxService/GetSandbox"
 	SandboxService_ListSandboxes_FullMethodName     = "/choiros.agent.v1.SandboxService/ListSandboxes"
@@ -31,6 +33,8 @@ const (
 	SandboxService_TouchSandbox_FullMethodName      = "/choiros.agent.v1.SandboxService/TouchSandbox"
 	SandboxService_UpdateSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/UpdateSandbox"
 	SandboxService_StreamSandboxLogs_FullMethodName = "/choiros.agent.v1.SandboxService/StreamSandboxLogs"
+	SandboxService_AttachConsole_FullMethodName     = "/choiros.agent.v1.SandboxService/AttachConsole"
+	SandboxService_ListRefusals_FullMethodName      = "/choiros.agent.v1.SandboxService/ListRefusals"
 )
 
 // SandboxServiceClient is the client API for SandboxService service.
@@ -54,17 +58,31 @@ type SandboxServiceClient interface {
 	// and returns once it is ready; a sandbox whose boot fails stays, as FAILED.
 	CreateSandbox(ctx context.Context, in *CreateSandboxRequest, opts ...grpc.CallOption) (*CreateSandboxResponse, error)
 	// Returns once the sandbox is ready. Running: answered from memory, counted
-	// as activity. Not running: started; concurrent callers share one boot,
-	// which no caller's leaving ends. Absent: created if a sandbox is given,
-	// otherwise NOT_FOUND.
+	// as activity. Paused: resumed. Not running: started; concurrent callers
+	// share one boot, which no caller's leaving ends. Absent: created if a
+	// sandbox is given, otherwise NOT_FOUND.
 	EnsureSandbox(ctx context.Context, in *EnsureSandboxRequest, opts ...grpc.CallOption) (*EnsureSandboxResponse, error)
-	// Boots a sandbox and returns once it is ready; if it is, at once.
+	// Boots a sandbox, or resumes one that is paused, and returns once it is
+	// ready; if it is, at once.
 	StartSandbox(ctx context.Context, in *StartSandboxRequest, opts ...grpc.CallOption) (*StartSandboxResponse, error)
 	// Stops a sandbox: SIGTERM, the grace period, SIGKILL. Ends a boot or a
 	// backoff that is under way. If it is stopped, succeeds at once.
 	StopSandbox(ctx context.Context, in *StopSandboxRequest, opts ...grpc.CallOption) (*StopSandboxResponse, error)
 	// Stops a sandbox if it runs, and boots it: always a new generation.
 	RestartSandbox(ctx context.Context, in *RestartSandboxRequest, opts ...grpc.CallOption) (*RestartSandboxResponse, error)
+	// Halts a sandbox that is ready, with all that is in its memory; one that is
+	// paused stays so. It goes on counting as running, against the host's limits
+	// and towards its idle timeout. Until it is resumed nothing inside happens,
+	// connections to it wait, and its statistics are left out. Whatever needs
+	// what is inside resumes it first: Ensure, Start, a connection to one of its
+	// ports, every call for its commands and files, and new values of secrets.
+	// Stop, Restart and Delete work as on one that runs. A driver that cannot:
+	// UNSUPPORTED.
+	PauseSandbox(ctx context.Context, in *PauseSandboxRequest, opts ...grpc.CallOption) (*PauseSandboxResponse, error)
+	// Lets a paused sandbox go on, with its clock set, and returns once it does;
+	// if it is ready, at once. It is no boot: the generation stays, and it works
+	// while the host is draining.
+	ResumeSandbox(ctx context.Context, in *ResumeSandboxRequest, opts ...grpc.CallOption) (*ResumeSandboxResponse, error)
 	// Stops a sandbox and removes it and its artefacts. Mounted folders of the
 	// host are never touched. Of an absent one: NOT_FOUND unless allow_missing.
 	DeleteSandbox(ctx context.Context, in *DeleteSandboxRequest, opts ...grpc.CallOption) (*DeleteSandboxResponse, error)
@@ -77,10 +95,21 @@ type SandboxServiceClient interface {
 	WatchSandboxes(ctx context.Context, in *WatchSandboxesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSandboxesResponse], error)
 	// Counts as activity: a heartbeat for connections the agent cannot see.
 	TouchSandbox(ctx context.Context, in *TouchSandboxRequest, opts ...grpc.CallOption) (*TouchSandboxResponse, error)
-	// Changes the fields that update_mask names: labels, spec.idle.
+	// Changes the fields that update_mask names: labels, spec.idle, spec.egress.
+	// A new egress holds at once, also for connections that are open.
 	UpdateSandbox(ctx context.Context, in *UpdateSandboxRequest, opts ...grpc.CallOption) (*UpdateSandboxResponse, error)
 	// What the workload printed, from the driver's log, oldest first.
 	StreamSandboxLogs(ctx context.Context, in *StreamSandboxLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[StreamSandboxLogsResponse], error)
+	// Attaches to the console of a sandbox that runs, as it boots too: what it
+	// said last (at most 1 MiB), then what it says; what is sent is typed. The
+	// first request is open, the first response is opened. Half-closing the call
+	// ends the typing alone. The call ends when the console does, with the
+	// sandbox's life. It counts as activity, and resumes nothing: what is typed to
+	// a paused sandbox waits. A driver without consoles: UNSUPPORTED.
+	AttachConsole(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[AttachConsoleRequest, AttachConsoleResponse], error)
+	// What a sandbox was kept from by its egress, in its present life. A driver
+	// that enforces none: UNSUPPORTED.
+	ListRefusals(ctx context.Context, in *ListRefusalsRequest, opts ...grpc.CallOption) (*ListRefusalsResponse, error)
 }
 
 type sandboxServiceClient struct {
@@ -135,6 +164,26 @@ func (c *sandboxServiceClient) RestartSandbox(ctx context.Context, in *RestartSa
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RestartSandboxResponse)
 	err := c.cc.Invoke(ctx, SandboxService_RestartSandbox_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxServiceClient) PauseSandbox(ctx context.Context, in *PauseSandboxRequest, opts ...grpc.CallOption) (*PauseSandboxResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PauseSandboxResponse)
+	err := c.cc.Invoke(ctx, SandboxService_PauseSandbox_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxServiceClient) ResumeSandbox(ctx context.Context, in *ResumeSandboxRequest, opts ...grpc.CallOption) (*ResumeSandboxResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResumeSandboxResponse)
+	err := c.cc.Invoke(ctx, SandboxService_ResumeSandbox_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -229,6 +278,29 @@ func (c *sandboxServiceClient) StreamSandboxLogs(ctx context.Context, in *Stream
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type SandboxService_StreamSandboxLogsClient = grpc.ServerStreamingClient[StreamSandboxLogsResponse]
 
+func (c *sandboxServiceClient) AttachConsole(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[AttachConsoleRequest, AttachConsoleResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SandboxService_ServiceDesc.Streams[2], SandboxService_AttachConsole_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[AttachConsoleRequest, AttachConsoleResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SandboxService_AttachConsoleClient = grpc.BidiStreamingClient[AttachConsoleRequest, AttachConsoleResponse]
+
+func (c *sandboxServiceClient) ListRefusals(ctx context.Context, in *ListRefusalsRequest, opts ...grpc.CallOption) (*ListRefusalsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListRefusalsResponse)
+	err := c.cc.Invoke(ctx, SandboxService_ListRefusals_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SandboxServiceServer is the server API for SandboxService service.
 // All implementations must embed UnimplementedSandboxServiceServer
 // for forward compatibility.
@@ -250,17 +322,31 @@ type SandboxServiceServer interface {
 	// and returns once it is ready; a sandbox whose boot fails stays, as FAILED.
 	CreateSandbox(context.Context, *CreateSandboxRequest) (*CreateSandboxResponse, error)
 	// Returns once the sandbox is ready. Running: answered from memory, counted
-	// as activity. Not running: started; concurrent callers share one boot,
-	// which no caller's leaving ends. Absent: created if a sandbox is given,
-	// otherwise NOT_FOUND.
+	// as activity. Paused: resumed. Not running: started; concurrent callers
+	// share one boot, which no caller's leaving ends. Absent: created if a
+	// sandbox is given, otherwise NOT_FOUND.
 	EnsureSandbox(context.Context, *EnsureSandboxRequest) (*EnsureSandboxResponse, error)
-	// Boots a sandbox and returns once it is ready; if it is, at once.
+	// Boots a sandbox, or resumes one that is paused, and returns once it is
+	// ready; if it is, at once.
 	StartSandbox(context.Context, *StartSandboxRequest) (*StartSandboxResponse, error)
 	// Stops a sandbox: SIGTERM, the grace period, SIGKILL. Ends a boot or a
 	// backoff that is under way. If it is stopped, succeeds at once.
 	StopSandbox(context.Context, *StopSandboxRequest) (*StopSandboxResponse, error)
 	// Stops a sandbox if it runs, and boots it: always a new generation.
 	RestartSandbox(context.Context, *RestartSandboxRequest) (*RestartSandboxResponse, error)
+	// Halts a sandbox that is ready, with all that is in its memory; one that is
+	// paused stays so. It goes on counting as running, against the host's limits
+	// and towards its idle timeout. Until it is resumed nothing inside happens,
+	// connections to it wait, and its statistics are left out. Whatever needs
+	// what is inside resumes it first: Ensure, Start, a connection to one of its
+	// ports, every call for its commands and files, and new values of secrets.
+	// Stop, Restart and Delete work as on one that runs. A driver that cannot:
+	// UNSUPPORTED.
+	PauseSandbox(context.Context, *PauseSandboxRequest) (*PauseSandboxResponse, error)
+	// Lets a paused sandbox go on, with its clock set, and returns once it does;
+	// if it is ready, at once. It is no boot: the generation stays, and it works
+	// while the host is draining.
+	ResumeSandbox(context.Context, *ResumeSandboxRequest) (*ResumeSandboxResponse, error)
 	// Stops a sandbox and removes it and its artefacts. Mounted folders of the
 	// host are never touched. Of an absent one: NOT_FOUND unless allow_missing.
 	DeleteSandbox(context.Context, *DeleteSandboxRequest) (*DeleteSandboxResponse, error)
@@ -273,10 +359,21 @@ type SandboxServiceServer interface {
 	WatchSandboxes(*WatchSandboxesRequest, grpc.ServerStreamingServer[WatchSandboxesResponse]) error
 	// Counts as activity: a heartbeat for connections the agent cannot see.
 	TouchSandbox(context.Context, *TouchSandboxRequest) (*TouchSandboxResponse, error)
-	// Changes the fields that update_mask names: labels, spec.idle.
+	// Changes the fields that update_mask names: labels, spec.idle, spec.egress.
+	// A new egress holds at once, also for connections that are open.
 	UpdateSandbox(context.Context, *UpdateSandboxRequest) (*UpdateSandboxResponse, error)
 	// What the workload printed, from the driver's log, oldest first.
 	StreamSandboxLogs(*StreamSandboxLogsRequest, grpc.ServerStreamingServer[StreamSandboxLogsResponse]) error
+	// Attaches to the console of a sandbox that runs, as it boots too: what it
+	// said last (at most 1 MiB), then what it says; what is sent is typed. The
+	// first request is open, the first response is opened. Half-closing the call
+	// ends the typing alone. The call ends when the console does, with the
+	// sandbox's life. It counts as activity, and resumes nothing: what is typed to
+	// a paused sandbox waits. A driver without consoles: UNSUPPORTED.
+	AttachConsole(grpc.BidiStreamingServer[AttachConsoleRequest, AttachConsoleResponse]) error
+	// What a sandbox was kept from by its egress, in its present life. A driver
+	// that enforces none: UNSUPPORTED.
+	ListRefusals(context.Context, *ListRefusalsRequest) (*ListRefusalsResponse, error)
 	mustEmbedUnimplementedSandboxServiceServer()
 }
 
@@ -302,6 +399,12 @@ func (UnimplementedSandboxServiceServer) StopSandbox(context.Context, *StopSandb
 func (UnimplementedSandboxServiceServer) RestartSandbox(context.Context, *RestartSandboxRequest) (*RestartSandboxResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RestartSandbox not implemented")
 }
+func (UnimplementedSandboxServiceServer) PauseSandbox(context.Context, *PauseSandboxRequest) (*PauseSandboxResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PauseSandbox not implemented")
+}
+func (UnimplementedSandboxServiceServer) ResumeSandbox(context.Context, *ResumeSandboxRequest) (*ResumeSandboxResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ResumeSandbox not implemented")
+}
 func (UnimplementedSandboxServiceServer) DeleteSandbox(context.Context, *DeleteSandboxRequest) (*DeleteSandboxResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteSandbox not implemented")
 }
@@ -322,6 +425,12 @@ func (UnimplementedSandboxServiceServer) UpdateSandbox(context.Context, *UpdateS
 }
 func (UnimplementedSandboxServiceServer) StreamSandboxLogs(*StreamSandboxLogsRequest, grpc.ServerStreamingServer[StreamSandboxLogsResponse]) error {
 	return status.Error(codes.Unimplemented, "method StreamSandboxLogs not implemented")
+}
+func (UnimplementedSandboxServiceServer) AttachConsole(grpc.BidiStreamingServer[AttachConsoleRequest, AttachConsoleResponse]) error {
+	return status.Error(codes.Unimplemented, "method AttachConsole not implemented")
+}
+func (UnimplementedSandboxServiceServer) ListRefusals(context.Context, *ListRefusalsRequest) (*ListRefusalsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListRefusals not implemented")
 }
 func (UnimplementedSandboxServiceServer) mustEmbedUnimplementedSandboxServiceServer() {}
 func (UnimplementedSandboxServiceServer) testEmbeddedByValue()                        {}
@@ -430,6 +539,42 @@ func _SandboxService_RestartSandbox_Handler(srv interface{}, ctx context.Context
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(SandboxServiceServer).RestartSandbox(ctx, req.(*RestartSandboxRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SandboxService_PauseSandbox_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PauseSandboxRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxServiceServer).PauseSandbox(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SandboxService_PauseSandbox_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxServiceServer).PauseSandbox(ctx, req.(*PauseSandboxRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SandboxService_ResumeSandbox_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResumeSandboxRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxServiceServer).ResumeSandbox(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SandboxService_ResumeSandbox_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxServiceServer).ResumeSandbox(ctx, req.(*ResumeSandboxRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -546,6 +691,31 @@ func _SandboxService_StreamSandboxLogs_Handler(srv interface{}, stream grpc.Serv
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type SandboxService_StreamSandboxLogsServer = grpc.ServerStreamingServer[StreamSandboxLogsResponse]
 
+func _SandboxService_AttachConsole_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(SandboxServiceServer).AttachConsole(&grpc.GenericServerStream[AttachConsoleRequest, AttachConsoleResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SandboxService_AttachConsoleServer = grpc.BidiStreamingServer[AttachConsoleRequest, AttachConsoleResponse]
+
+func _SandboxService_ListRefusals_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListRefusalsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxServiceServer).ListRefusals(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SandboxService_ListRefusals_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxServiceServer).ListRefusals(ctx, req.(*ListRefusalsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // SandboxService_ServiceDesc is the grpc.ServiceDesc for SandboxService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -574,6 +744,14 @@ var SandboxService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _SandboxService_RestartSandbox_Handler,
 		},
 		{
+			MethodName: "PauseSandbox",
+			Handler:    _SandboxService_PauseSandbox_Handler,
+		},
+		{
+			MethodName: "ResumeSandbox",
+			Handler:    _SandboxService_ResumeSandbox_Handler,
+		},
+		{
 			MethodName: "DeleteSandbox",
 			Handler:    _SandboxService_DeleteSandbox_Handler,
 		},
@@ -593,6 +771,10 @@ var SandboxService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "UpdateSandbox",
 			Handler:    _SandboxService_UpdateSandbox_Handler,
 		},
+		{
+			MethodName: "ListRefusals",
+			Handler:    _SandboxService_ListRefusals_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -604,6 +786,12 @@ var SandboxService_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "StreamSandboxLogs",
 			Handler:       _SandboxService_StreamSandboxLogs_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "AttachConsole",
+			Handler:       _SandboxService_AttachConsole_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "choiros/agent/v1/sandbox_service.proto",
