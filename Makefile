@@ -22,6 +22,7 @@ RACE    := $(shell command -v cc >/dev/null && echo -race)
 export AGENT_REQUIRE ?=
 export AGENT_TEST_IMAGES := $(IMAGES)
 export AGENT_TEST_GUESTD := $(GUESTD)
+export AGENT_TEST_KIT := $(CURDIR)/bin/guest-kit/$(shell $(GO) env GOARCH)
 
 .PHONY: help
 help: ## list what one can make
@@ -36,6 +37,14 @@ build: go-present ## build bin/agent, bin/agentctl and bin/guestd
 	@mkdir -p bin
 	@$(GOBUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/agent ./cmd/agentctl ./cmd/guestd
 
+# Of the guests, whatever the machine is that builds it.
+ARCH ?= $(shell $(GO) env GOARCH)
+.PHONY: guest-kit
+guest-kit: go-present ## build what virtual machines boot with (ARCH, the host's; REFRESH=1 for newer packages)
+	@mkdir -p .cache/guest-kit/$(ARCH)
+	@GOOS=linux GOARCH=$(ARCH) $(GOBUILD) -ldflags "$(LDFLAGS)" -o .cache/guest-kit/$(ARCH)/guestd ./cmd/guestd
+	@$(GO) run -trimpath ./guest-kit -arch $(ARCH) -cache .cache/guest-kit -guestd .cache/guest-kit/$(ARCH)/guestd -o bin/guest-kit/$(ARCH) $(if $(REFRESH),-refresh)
+
 .PHONY: images
 images: go-present ## build the project's own test images, and the guestd of the tests
 	@mkdir -p $(IMAGES) $(GUESTD)
@@ -43,16 +52,16 @@ images: go-present ## build the project's own test images, and the guestd of the
 	@$(GOBUILD) -ldflags "$(LDFLAGS)" -o $(GUESTD)/guestd ./cmd/guestd
 
 .PHONY: env
-env: ## bring up rootless podman, or find yours
+env: ## bring up rootless podman and QEMU, or find yours
 	@$(ENV) up
 
 .PHONY: demo
-demo: build images env ## the main job, from nothing to a transcript
+demo: build images guest-kit env ## the main job, from nothing to a transcript
 	@$(ENV) exec test/demo
 
 .PHONY: test
-test: go-present images env ## run every test, on real podman
-	$(GO) test $(RACE) -tags "$(TAGS)" -exec "$(ENV) exec" -timeout 20m ./...
+test: go-present images guest-kit env ## run every test, on real podman and in real virtual machines
+	$(GO) test $(RACE) -tags "$(TAGS)" -exec "$(ENV) exec" -timeout 40m ./...
 
 .PHONY: test-host
 test-host: build ## test limits, and restarts under systemd, on a whole host under QEMU
@@ -63,7 +72,7 @@ fuzz: go-present ## fuzz each parser for a while (FUZZTIME, 20s)
 	@test/fuzz $(or $(FUZZTIME),20s)
 
 .PHONY: bench
-bench: build images env ## measure, side by side with podman's own command line
+bench: build images guest-kit env ## measure, side by side with podman's own command line
 	@$(GO) test -tags "$(TAGS)" -c -o .cache/bench.test ./cmd/agent
 	@cd cmd/agent && $(ENV) exec $(CURDIR)/.cache/bench.test -test.run '^$$' -test.bench . -test.benchtime 5s -test.timeout 30m
 

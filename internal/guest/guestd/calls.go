@@ -31,6 +31,8 @@ type call struct {
 	// watched: the agent sends nothing more, and the context ends when it
 	// closes the connection. Else reading is handle's own.
 	watched bool
+	// early: it is answered before there is anything to do something in.
+	early bool
 }
 
 // brief is a call that takes no time worth watching for, or reads by itself.
@@ -50,8 +52,10 @@ func lasting[T any](message func(*guestv1.Request) T, handle func(context.Contex
 // table is all that guestd can, by the names of Request.call's fields.
 func (s *server) table() map[string]call {
 	network, disk := reach.New(s.execs.run), files.New()
+	hello := brief((*guestv1.Request).GetHello, s.hello)
+	hello.early = true
 	return map[string]call{
-		"hello":          brief((*guestv1.Request).GetHello, s.hello),
+		"hello":          hello,
 		"configure":      brief((*guestv1.Request).GetConfigure, s.configure),
 		"update_secrets": brief((*guestv1.Request).GetUpdateSecrets, s.updateSecrets),
 		"set_time":       brief((*guestv1.Request).GetSetTime, s.setTime),

@@ -30,7 +30,7 @@ const (
 type execs struct {
 	children *processes
 	workload *workload
-	buffers  sync.Pool // of *[]byte
+	buffers  *sync.Pool
 
 	mu      sync.Mutex
 	last    uint64
@@ -39,14 +39,8 @@ type execs struct {
 	ended   []*execution // that are kept; the oldest first
 }
 
-func newExecs(children *processes, w *workload) *execs {
-	return &execs{
-		children: children, workload: w, byID: map[string]*execution{},
-		buffers: sync.Pool{New: func() any {
-			buffer := make([]byte, wire.ChunkSize)
-			return &buffer
-		}},
-	}
+func newExecs(children *processes, w *workload, buffers *sync.Pool) *execs {
+	return &execs{children: children, workload: w, byID: map[string]*execution{}, buffers: buffers}
 }
 
 // enter makes room for one more.

@@ -3,7 +3,6 @@
 package guestd
 
 import (
-	"errors"
 	"os"
 	"sync"
 	"syscall"
@@ -15,23 +14,12 @@ import (
 	"github.com/choiros/agent/internal/guest/wire"
 )
 
-// What may still come after a command has ended. All that it printed itself
-// lies in pipes by then and is read whatever it takes; a process that it left
-// behind and that shares them is given time to say its last words, but not to
-// keep the exec from ending.
-const (
-	// lastWords is how long nothing may come before that is all.
-	lastWords = 100 * time.Millisecond
-	// maxLastWords ends a stream that does not pause, once more was read than
-	// a pipe holds.
-	maxLastWords = time.Second
-	maxPipe      = 1 << 20
-	// hangUpLimit is between SIGHUP and SIGKILL.
-	hangUpLimit = time.Second
-)
+// hangUpLimit is between SIGHUP and SIGKILL.
+const hangUpLimit = time.Second
 
 // execution is one exec.
 type execution struct {
+	drain
 	execs   *execs
 	id      string
 	command []string
@@ -42,9 +30,7 @@ type execution struct {
 	output *os.File // the same as input with a terminal
 	errors *os.File // nil: none
 
-	exited chan struct{} // closed when the command has ended; then are set:
-	status syscall.WaitStatus
-	ended  time.Time
+	status syscall.WaitStatus // once it has exited
 
 	forget *time.Timer // guarded by execs.mu
 
@@ -66,13 +52,8 @@ type attachment struct {
 
 // onExit is called when the command has ended.
 func (x *execution) onExit(status syscall.WaitStatus) {
-	x.status, x.ended = status, time.Now()
-	close(x.exited)
-	deadline := x.ended.Add(lastWords)
-	_ = x.output.SetReadDeadline(deadline)
-	if x.errors != nil {
-		_ = x.errors.SetReadDeadline(deadline)
-	}
+	x.status = status
+	x.end(x.output, x.errors)
 }
 
 // close closes guestd's ends. Closing again does nothing.
@@ -95,55 +76,6 @@ func (x *execution) follow() {
 	<-x.exited
 	x.close()
 	x.finish(exitOf(x.status))
-}
-
-// pump carries one stream to its end.
-func (x *execution) pump(kind wire.Kind, file *os.File) {
-	raw, err := file.SyscallConn()
-	if err != nil {
-		return
-	}
-	after := 0 // bytes since the command ended
-	for {
-		n, err := x.carry(kind, raw)
-		if n <= 0 || err != nil {
-			return
-		}
-		select {
-		case <-x.exited:
-			if after += n; after > maxPipe && time.Since(x.ended) > maxLastWords {
-				return
-			}
-			_ = file.SetReadDeadline(time.Now().Add(lastWords))
-		default:
-		}
-	}
-}
-
-// carry waits for output and delivers it. Only then does it take a buffer, for
-// most execs most of the time have nothing to say.
-func (x *execution) carry(kind wire.Kind, raw syscall.RawConn) (int, error) {
-	n := 0
-	var buffer *[]byte
-	var readErr error
-	err := raw.Read(func(fd uintptr) bool {
-		buffer, _ = x.execs.buffers.Get().(*[]byte)
-		n, readErr = unix.Read(int(fd), *buffer)
-		if errors.Is(readErr, unix.EAGAIN) || errors.Is(readErr, unix.EINTR) {
-			x.execs.buffers.Put(buffer)
-			buffer, n = nil, 0
-			return false
-		}
-		return true
-	})
-	if buffer != nil {
-		defer x.execs.buffers.Put(buffer)
-	}
-	if err = errors.Join(err, readErr); err != nil || n <= 0 {
-		return 0, err
-	}
-	x.deliver(kind, (*buffer)[:n])
-	return n, nil
 }
 
 // deliver sends output to whoever is attached, however slow, or else keeps it.

@@ -27,8 +27,9 @@ func (e *execs) launch(call *guestv1.Exec) (*execution, error) {
 	}
 	x := &execution{
 		execs: e, command: call.GetCommand(), tty: call.GetTty(), keep: call.GetKeep(),
-		started: time.Now(), exited: make(chan struct{}),
+		started: time.Now(), drain: drain{buffers: e.buffers, exited: make(chan struct{})},
 	}
+	x.take = x.deliver
 	if err := e.enter(x); err != nil {
 		return nil, err
 	}
@@ -64,7 +65,7 @@ func (e *execs) plan(call *guestv1.Exec) (plan, error) {
 			return plan{}, failuref(guestv1.Failure_CODE_INVALID, "command: an argument has a zero byte")
 		}
 	}
-	credential, home, err := become(call.GetUser())
+	credential, home, err := e.workload.become(call.GetUser())
 	if err != nil {
 		return plan{}, err
 	}
@@ -112,9 +113,7 @@ func (e *execs) start(x *execution, p plan, files []int) error {
 	for _, fd := range files {
 		attr.Files = append(attr.Files, uintptr(fd)) //nolint:gosec // A descriptor that is open.
 	}
-	if x.tty && p.credential != nil {
-		_ = unix.Fchown(files[0], int(p.credential.Uid), -1) // as login does; who may not can still use it
-	}
+	giveAway(files, p.credential)
 	pid, err := e.children.start(p.path, p.args, attr, x.onExit)
 	if err != nil {
 		return fmt.Errorf("%s: %w", p.args[0], startError(err))
@@ -124,6 +123,23 @@ func (e *execs) start(x *execution, p plan, files []int) error {
 	x.mu.Unlock()
 	return nil
 }
+
+// giveAway makes a command's streams its user's, as login does with terminals,
+// so that it can open /dev/stdout. Who may not do that can still use them.
+func giveAway(files []int, credential *syscall.Credential) {
+	if credential == nil {
+		return
+	}
+	for _, fd := range files {
+		var stat unix.Stat_t
+		if unix.Fstat(fd, &stat) == nil && stat.Rdev != nullDevice {
+			_ = unix.Fchown(fd, int(credential.Uid), -1)
+		}
+	}
+}
+
+// nullDevice is /dev/null, which is everybody's.
+var nullDevice = unix.Mkdev(1, 3)
 
 // open makes what the command is to have as its standard input, output and
 // error, and returns those descriptors; x has the other ends.
@@ -151,7 +167,12 @@ func (x *execution) open(call *guestv1.Exec) (theirs []int, err error) {
 		x.input = ours(ends[1])
 		theirs = append(theirs, ends[0])
 	}
-	for _, file := range []**os.File{&x.output, &x.errors} {
+	return openOutput(theirs, &x.output, &x.errors)
+}
+
+// openOutput makes pipes, and returns theirs with the ends to write to.
+func openOutput(theirs []int, output, errs **os.File) ([]int, error) {
+	for _, file := range []**os.File{output, errs} {
 		var ends [2]int
 		if err := unix.Pipe2(ends[:], unix.O_CLOEXEC); err != nil {
 			return theirs, fmt.Errorf("open a pipe: %w", err)

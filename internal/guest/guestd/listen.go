@@ -26,6 +26,8 @@ var errStranger = errors.New("not the agent")
 type channel struct {
 	net.Listener
 	admits func(net.Conn) error
+	// credit: connections are to be wrapped; see wire.WithCredit.
+	credit bool
 }
 
 // listen opens the guest channel at unix:PATH or vsock:PORT.
@@ -41,7 +43,7 @@ func listen(address, trust string) (*channel, error) {
 		if trust == trustOutside {
 			admits = fromOutside
 		}
-		return &channel{listener, admits}, nil
+		return &channel{Listener: listener, admits: admits}, nil
 	case "vsock":
 		port, err := strconv.ParseUint(rest, 10, 32)
 		if err != nil {
@@ -51,7 +53,7 @@ func listen(address, trust string) (*channel, error) {
 		if err != nil {
 			return nil, fmt.Errorf("listen at %s: %w", address, err)
 		}
-		return &channel{listener, fromHost}, nil
+		return &channel{Listener: listener, admits: fromHost}, nil
 	}
 	return nil, fmt.Errorf("listen at %s: neither unix:PATH nor vsock:PORT", address)
 }

@@ -21,6 +21,7 @@ import (
 
 const (
 	defaultListen     = "unix:/run/choiros/1024.sock"
+	defaultVsock      = "vsock:1024"
 	defaultSecretsDir = "/run/secrets"
 
 	// What exits of shells mean, and guestd's are like them.
@@ -43,13 +44,23 @@ type options struct {
 	trust      string
 	command    []string
 	version    bool
+	// machine: guestd is to make the virtual machine that it is in.
+	machine bool
 }
+
+// initName is what the kernel calls the init of an initramfs. As process 1 of
+// that name guestd is in a machine of its own.
+const initName = "/init"
 
 // Run is guestd: args are those after its name, "--" and the default command
 // last. It returns the status to exit with, which is the workload's, and the
 // process is to exit then: what served connections is left as it is.
 func Run(args []string, stdout, stderr io.Writer) int {
-	o, err := parse(args, os.Getpid() == 1, stderr)
+	first := os.Getpid() == 1
+	if first && os.Args[0] == initName {
+		args = []string{"--machine"} // the kernel's own are for others
+	}
+	o, err := parse(args, first, stderr)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return 0
@@ -60,7 +71,7 @@ func Run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stdout, version.String())
 		return 0
 	}
-	code, err := run(o)
+	code, err := run(o, first)
 	if err != nil {
 		fmt.Fprintf(stderr, "guestd: %v\n", err)
 	}
@@ -71,9 +82,10 @@ func parse(args []string, first bool, stderr io.Writer) (options, error) {
 	var o options
 	flags := flag.NewFlagSet("guestd", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	flags.StringVar(&o.listen, "listen", defaultListen, "unix:PATH or vsock:PORT")
+	flags.StringVar(&o.listen, "listen", "", "unix:PATH or vsock:PORT (default "+defaultListen+", or "+defaultVsock+" with --machine)")
 	flags.StringVar(&o.secretsDir, "secrets-dir", defaultSecretsDir, "a tmpfs for the secrets that are files")
 	flags.StringVar(&o.trust, "trust", "", "who may connect to a unix socket: outside (no process of the sandbox; the default for process 1) or anyone")
+	flags.BoolVar(&o.machine, "machine", false, "ask the host over vsock what the virtual machine is to become; as process 1, make its root, too")
 	flags.BoolVar(&o.version, "version", false, "print the version")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -83,6 +95,12 @@ func parse(args []string, first bool, stderr io.Writer) (options, error) {
 		return options{}, err
 	}
 	o.command = flags.Args()
+	if o.listen == "" {
+		o.listen = defaultListen
+		if o.machine {
+			o.listen = defaultVsock
+		}
+	}
 	switch o.trust {
 	case "":
 		o.trust = trustAnyone
@@ -98,9 +116,8 @@ func parse(args []string, first bool, stderr io.Writer) (options, error) {
 
 // run serves until the workload has ended. An error is why there is, or will
 // be, no workload.
-func run(o options) (int, error) {
+func run(o options, first bool) (int, error) {
 	beSmall()
-	first := os.Getpid() == 1
 	if err := protect(first); err != nil {
 		return exitFault, err
 	}
@@ -112,15 +129,13 @@ func run(o options) (int, error) {
 
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	listener, err := listen(o.listen, o.trust)
-	if err != nil {
+	if o.machine {
+		return runMachine(ctx, o, first, signals)
+	}
+	s := newServer(o, first)
+	if err := s.open(ctx, o, false); err != nil {
 		return exitFault, err
 	}
-	defer listener.Close()
-	s := newServer(o, first)
-	go s.children.reap(ctx)
-	go s.serve(ctx, listener)
-
 	for {
 		select {
 		case e := <-s.workload.ended:
@@ -138,6 +153,19 @@ func run(o options) (int, error) {
 			}
 		}
 	}
+}
+
+// open listens, and serves until ctx ends.
+func (s *server) open(ctx context.Context, o options, credit bool) error {
+	listener, err := listen(o.listen, o.trust)
+	if err != nil {
+		return err
+	}
+	listener.credit = credit
+	context.AfterFunc(ctx, func() { listener.Close() })
+	go s.children.reap(ctx)
+	go s.serve(ctx, listener)
+	return nil
 }
 
 // protect keeps what guestd knows from the other processes of the sandbox, and
@@ -191,7 +219,7 @@ const maxSignal = 64
 // decide that.
 func ends(number syscall.Signal) bool {
 	switch number {
-	case unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM:
+	case unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGKILL:
 		return true
 	}
 	return number == 37 // SIGRTMIN+3, which stops an image with systemd in it

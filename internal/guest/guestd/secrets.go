@@ -40,7 +40,7 @@ func (w *workload) takeSecrets(secrets []*guestv1.Secret) ([]string, error) {
 		env = append(env, name+"="+string(secret.GetValue()))
 	}
 	if len(files) > 0 {
-		if err := writeSecrets(w.secretsDir, files); err != nil {
+		if err := writeSecrets(w.secretsDir, files, w.account); err != nil {
 			return nil, fmt.Errorf("secrets as files: %w", err)
 		}
 	}
@@ -79,7 +79,8 @@ func readSecret(dir, name string) ([]byte, error) {
 }
 
 // writeSecrets replaces files in dir, each in one step. dir must be in memory.
-func writeSecrets(dir string, secrets []*guestv1.Secret) error {
+// They are the owner's, or guestd's own if that is nil.
+func writeSecrets(dir string, secrets []*guestv1.Secret, owner *account) error {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
@@ -89,7 +90,7 @@ func writeSecrets(dir string, secrets []*guestv1.Secret) error {
 		return err
 	}
 	for _, secret := range secrets {
-		if err := writeSecret(root, secret); err != nil {
+		if err := writeSecret(root, secret, owner); err != nil {
 			return err
 		}
 	}
@@ -113,13 +114,16 @@ func checkMemory(root *os.Root) error {
 	return nil
 }
 
-func writeSecret(root *os.Root, secret *guestv1.Secret) error {
+func writeSecret(root *os.Root, secret *guestv1.Secret, owner *account) error {
 	temporary := "." + rand.Text()
 	file, err := root.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o400)
 	if err != nil {
 		return err
 	}
 	_, err = file.Write(secret.GetValue())
+	if err == nil && owner != nil {
+		err = file.Chown(int(owner.uid), int(owner.gid))
+	}
 	err = errors.Join(err, file.Close())
 	if err == nil {
 		err = root.Rename(temporary, secret.GetName())

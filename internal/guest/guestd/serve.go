@@ -5,10 +5,12 @@ package guestd
 import (
 	"container/list"
 	"context"
+	"crypto/subtle"
 	"errors"
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
@@ -32,12 +34,24 @@ type server struct {
 	execs    *execs
 	calls    map[string]call
 	queue    queue
+	// ready is closed once there is a sandbox to do something in, or there will
+	// be none, for fault's reason.
+	ready chan struct{}
+	fault error
+	// key is what connections begin with; nil: not known yet, so that nobody
+	// can be let in.
+	key atomic.Pointer[[]byte]
 }
 
 func newServer(o options, first bool) *server {
-	s := &server{children: newProcesses(first)}
-	s.workload = newWorkload(o, first, s.children)
-	s.execs = newExecs(s.children, s.workload)
+	s := &server{children: newProcesses(first), ready: make(chan struct{})}
+	if !o.machine {
+		close(s.ready)
+		s.key.Store(new([]byte))
+	}
+	buffers := newBuffers()
+	s.workload = newWorkload(o, first, s.children, buffers)
+	s.execs = newExecs(s.children, s.workload, buffers)
 	s.calls = s.table()
 	return s
 }
@@ -59,6 +73,9 @@ func (s *server) serve(ctx context.Context, channel *channel) {
 		if channel.admits(conn) != nil {
 			conn.Close()
 			continue
+		}
+		if channel.credit {
+			conn = wire.WithCredit(conn)
 		}
 		waiting, ok := s.queue.enter(conn)
 		if !ok {
@@ -82,6 +99,9 @@ func (s *server) converse(ctx context.Context, netConn net.Conn, waiting *list.E
 	defer s.queue.leave(waiting)
 	conn := wire.New(netConn, wire.MaxFrame)
 	_ = netConn.SetReadDeadline(time.Now().Add(requestLimit))
+	if !s.hasKey(netConn) {
+		return
+	}
 	var request guestv1.Request
 	err := conn.ReceiveMessage(&request)
 	s.queue.spoken(waiting)
@@ -103,8 +123,36 @@ func (s *server) converse(ctx context.Context, netConn net.Conn, waiting *list.E
 		ctx, stop = watch(ctx, netConn)
 		defer stop()
 	}
-	if err := call.handle(ctx, conn, &request); err != nil {
+	if !call.early {
+		err = s.awaitReady(ctx)
+	}
+	if err == nil {
+		err = call.handle(ctx, conn, &request)
+	}
+	if err != nil {
 		_ = conn.Send(response(err))
+	}
+}
+
+// hasKey reads the key that a connection begins with, and reports whether it is
+// the right one.
+func (s *server) hasKey(conn net.Conn) bool {
+	key := s.key.Load()
+	if key == nil {
+		return false
+	}
+	given := make([]byte, len(*key))
+	_, err := io.ReadFull(conn, given)
+	return err == nil && subtle.ConstantTimeCompare(given, *key) == 1
+}
+
+// awaitReady returns once there is a sandbox, or an error if there will be none.
+func (s *server) awaitReady(ctx context.Context) error {
+	select {
+	case <-s.ready:
+		return s.fault
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 

@@ -32,13 +32,39 @@ type account struct {
 	home     string
 }
 
+func (a *account) credential() *syscall.Credential {
+	return &syscall.Credential{Uid: a.uid, Gid: a.gid, Groups: a.groups}
+}
+
+// find resolves a user as the sandbox's own tables have it; empty: root.
+func find(user string) (account, error) {
+	if user == "" {
+		user = "0"
+	}
+	return resolve(user, readTable(passwdFile), readTable(groupFile))
+}
+
+// become is the function of that name where guestd is the workload's user. In a
+// machine, where it is not, a command is the workload's user's unless it is said
+// to be another's.
+func (w *workload) become(user string) (*syscall.Credential, string, error) {
+	switch {
+	case w.account == nil:
+		return become(user)
+	case user == "":
+		return w.account.credential(), "", nil
+	}
+	who, err := find(user)
+	return who.credential(), who.home, err
+}
+
 // become returns what makes a process be user[:group], and that one's home; nil
 // if guestd is that user already.
 func become(user string) (*syscall.Credential, string, error) {
 	if user == "" {
 		return nil, "", nil
 	}
-	who, err := resolve(user, readTable(passwdFile), readTable(groupFile))
+	who, err := find(user)
 	if err != nil {
 		return nil, "", err
 	}
@@ -50,7 +76,7 @@ func become(user string) (*syscall.Credential, string, error) {
 			"user %s: guestd runs as user %d and may not become another; add cap_add: [SETUID, SETGID] to the sandbox's driver options",
 			user, os.Getuid())
 	}
-	return &syscall.Credential{Uid: who.uid, Gid: who.gid, Groups: who.groups}, who.home, nil
+	return who.credential(), who.home, nil
 }
 
 // mayChangeUser reports whether guestd has the capabilities for that; see

@@ -27,6 +27,13 @@ type workload struct {
 	machine bool
 	// owner: the host's name inside is the sandbox's.
 	owner bool
+	// What is known once a machine was made, and nil otherwise: who runs it,
+	// where it prints, and what is to be told the name.
+	account *account
+	streams *streams
+	name    func(hostname string)
+	// system: without a command, what the system runs is the workload.
+	system bool
 	// started is closed once the workload runs.
 	started chan struct{}
 	// answered is closed once the agent was told that the workload was started.
@@ -69,19 +76,26 @@ func (e *endError) Error() string { return e.err.Error() }
 
 func (e *endError) Unwrap() error { return e.err }
 
-func newWorkload(o options, first bool, children *processes) *workload {
+func newWorkload(o options, first bool, children *processes, buffers *sync.Pool) *workload {
 	machine := strings.HasPrefix(o.listen, "vsock:")
 	dir, err := os.Getwd()
 	if err != nil {
 		dir = ""
 	}
-	return &workload{
+	w := &workload{
 		children: children, command: o.command, dir: dir, secretsDir: o.secretsDir,
 		machine: machine, owner: machine || first,
 		started: make(chan struct{}), answered: make(chan struct{}), ended: make(chan ending, 1),
 		phase: guestv1.Greeting_PHASE_WAITING,
-		env:   merge(nil, os.Environ()),
 	}
+	if o.machine {
+		w.system = !first
+		w.streams = newStreams(buffers)
+	}
+	if !o.machine || !first { // the kernel's is of no use to anybody
+		w.env = merge(nil, os.Environ())
+	}
+	return w
 }
 
 func (w *workload) state() (guestv1.Greeting_Phase, uint64) {
@@ -146,7 +160,11 @@ func (w *workload) begin(call *guestv1.Configure) error {
 		return err
 	}
 	w.adopt(call)
-	env := merge(merge(w.environment(), overrides), secrets)
+	env := w.environment()
+	if name := call.GetHostname(); w.name != nil && name != "" && variable(env, "HOSTNAME") == "" {
+		env = merge(env, []string{"HOSTNAME=" + name})
+	}
+	env = merge(merge(env, overrides), secrets)
 	command := call.GetCommand()
 	if len(command) == 0 {
 		command = w.command
@@ -172,6 +190,9 @@ func (w *workload) adopt(call *guestv1.Configure) {
 	}
 	if name := call.GetHostname(); name != "" && w.owner {
 		_ = unix.Sethostname([]byte(name))
+		if w.name != nil {
+			w.name(name)
+		}
 	}
 	if call.GetTime() != nil && w.machine {
 		_ = setClock(call.GetTime())
@@ -181,6 +202,12 @@ func (w *workload) adopt(call *guestv1.Configure) {
 const maxEntropy = 256
 
 func (w *workload) launch(command, env []string, generation uint64) error {
+	if len(command) == 0 && w.system {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.run(0, env, generation)
+		return nil
+	}
 	if len(command) == 0 {
 		return failuref(guestv1.Failure_CODE_INVALID, "neither Configure nor guestd's command line says a command")
 	}
@@ -188,17 +215,32 @@ func (w *workload) launch(command, env []string, generation uint64) error {
 	if err != nil {
 		return err
 	}
+	attr := &syscall.ProcAttr{Env: env, Files: []uintptr{0, 1, 2}}
+	if w.streams == nil {
+		attr.Sys = sessionOfWorkload()
+	} else {
+		theirs, err := w.streams.open(w.account)
+		defer closeAll(theirs)
+		if err != nil {
+			return err
+		}
+		attr.Files = []uintptr{uintptr(theirs[0]), uintptr(theirs[1]), uintptr(theirs[2])} //nolint:gosec // Descriptors that are open.
+		attr.Sys = &syscall.SysProcAttr{Setsid: true, Credential: w.account.credential()}
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	pid, err := w.children.start(path, command, &syscall.ProcAttr{
-		Env: env, Files: []uintptr{0, 1, 2}, Sys: sessionOfWorkload(),
-	}, w.exited)
+	pid, err := w.children.start(path, command, attr, w.exited)
 	if err != nil {
 		return fmt.Errorf("%s: %w", command[0], startError(err))
 	}
+	w.run(pid, env, generation)
+	return nil
+}
+
+// run notes, with mu held, that the workload runs.
+func (w *workload) run(pid int, env []string, generation uint64) {
 	w.pid, w.env, w.generation, w.phase = pid, env, generation, guestv1.Greeting_PHASE_RUNNING
 	close(w.started)
-	return nil
 }
 
 // sessionOfWorkload gives the workload a session of its own, which it would
@@ -216,6 +258,9 @@ func sessionOfWorkload() *syscall.SysProcAttr {
 
 // exited is called when the workload has ended.
 func (w *workload) exited(status syscall.WaitStatus) {
+	if w.streams != nil {
+		w.streams.exit()
+	}
 	w.end(ending{code: int(exitOf(status).GetCode())})
 }
 
