@@ -37,6 +37,7 @@ type Config struct {
 	Metrics MetricsConfig `toml:"metrics"`
 	Traces  TracesConfig  `toml:"traces"`
 	Podman  PodmanConfig  `toml:"podman"`
+	VM      VMConfig      `toml:"vm"`
 }
 
 // TLSConfig is TCP with mutual TLS; off without Listen.
@@ -82,6 +83,14 @@ type PodmanConfig struct {
 	Socket string `toml:"socket"`
 }
 
+// VMConfig is what the driver of virtual machines is told.
+type VMConfig struct {
+	// GuestKit is a folder; empty: the one beside the agent.
+	GuestKit string `toml:"guest_kit"`
+	// Accelerator is auto, kvm or tcg.
+	Accelerator string `toml:"accelerator"`
+}
+
 // Default is the configuration of a user who set nothing.
 func Default(getenv func(string) string, uid int) Config {
 	return Config{
@@ -96,6 +105,7 @@ func Default(getenv func(string) string, uid int) Config {
 		IdleScan:           duration(30 * time.Second),
 		MaxArchiveMiB:      16 << 10,
 		StopTimeout:        duration(10 * time.Second),
+		VM:                 VMConfig{Accelerator: "auto"},
 		Ports:              PortsConfig{First: 12000, Last: 12999},
 		Secrets:            SecretsConfig{Forbidden: secrets.DefaultForbidden(), Timeout: duration(15 * time.Second)},
 	}
@@ -146,6 +156,8 @@ func (c *Config) keys() []key {
 		{"metrics.allow_remote", "", "serve metrics beyond the loopback interface", &c.Metrics.AllowRemote},
 		{"traces.otlp_endpoint", "URL", "send traces to this OpenTelemetry collector", &c.Traces.OTLPEndpoint},
 		{"podman.socket", "PATH", "podman's API socket; none given: looked for", &c.Podman.Socket},
+		{"vm.guest_kit", "DIR", "boot images in virtual machines with this; none given: the one beside the agent", &c.VM.GuestKit},
+		{"vm.accelerator", "NAME", "kvm, tcg (emulation) or auto, which is what works", &c.VM.Accelerator},
 	}
 }
 

@@ -25,7 +25,8 @@ func drivers(cfg Config, owner string, log *slog.Logger) (map[string]sandbox.Dri
 	if err != nil {
 		return nil, err
 	}
-	return map[string]sandbox.Driver{"podman": podman}, nil
+	all := map[string]sandbox.Driver{"podman": podman}
+	return all, addMachines(all, cfg, shimCommand)
 }
 
 // names lists drivers for people.

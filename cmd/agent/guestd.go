@@ -21,14 +21,9 @@ const guestdName = "guestd"
 func installGuestd(from, stateDir string) (dir string, err error) {
 	dir = filepath.Join(stateDir, "guestd")
 	if from == "" {
-		self, err := os.Executable()
-		if err != nil {
+		if from, err = beside(guestdName); err != nil {
 			return dir, err
 		}
-		if self, err = filepath.EvalSymlinks(self); err != nil {
-			return dir, err
-		}
-		from = filepath.Join(filepath.Dir(self), guestdName)
 	}
 	program, err := os.ReadFile(from)
 	if err != nil {
@@ -43,6 +38,18 @@ func installGuestd(from, stateDir string) (dir string, err error) {
 		return dir, err
 	}
 	return dir, replaceProgram(installed, program)
+}
+
+// beside is the path of what is installed with this program, in its folder.
+func beside(name string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	if self, err = filepath.EvalSymlinks(self); err != nil {
+		return "", err
+	}
+	return filepath.Join(filepath.Dir(self), name), nil
 }
 
 // replaceProgram replaces a file in one step: what runs from the old one goes

@@ -30,6 +30,9 @@ const (
 
 func TestMain(m *testing.M) {
 	process.Main()
+	if len(os.Args) > 1 && os.Args[1] == shimCommand {
+		os.Exit(runShim(os.Args[2:], os.Stderr))
+	}
 	greeterMain()
 	callerMain()
 	if root := os.Getenv(agentEnv); root != "" {

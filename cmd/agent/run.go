@@ -29,6 +29,10 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	return program{drivers: drivers}.run(args, stdin, stdout, stderr)
 }
 
+// shimCommand makes this program the shim of a virtual machine. It is not for
+// people, and --help does not tell of it.
+const shimCommand = "vm-shim"
+
 // program is what tests exchange parts of.
 type program struct {
 	// drivers makes the drivers of an agent, by name; owner is its store's.
@@ -44,6 +48,8 @@ func (p program) run(args []string, _ io.Reader, stdout, stderr io.Writer) int {
 	}
 	var err error
 	switch command {
+	case shimCommand:
+		return runShim(args, stderr)
 	case "serve":
 		err = p.serve(args, stderr)
 	case "check-config":

@@ -41,10 +41,14 @@ func (c *Config) validate() error {
 	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
 		refuse("log_format", "%q is neither text nor json", c.LogFormat)
 	}
+	if !slices.Contains([]string{"auto", "kvm", "tcg"}, c.VM.Accelerator) {
+		refuse("vm.accelerator", "%q is none of auto, kvm and tcg", c.VM.Accelerator)
+	}
 	for _, k := range []key{
 		{path: "machine_classes", at: &c.MachineClasses},
 		{path: "podman.socket", at: &c.Podman.Socket},
 		{path: "guestd", at: &c.Guestd},
+		{path: "vm.guest_kit", at: &c.VM.GuestKit},
 		{path: "secrets.age_identities", at: &c.Secrets.AgeIdentities},
 	} {
 		if problem := pathProblem(k.String()); k.String() != "" && problem != "" {

@@ -114,8 +114,12 @@ func TestPortRangeContains(t *testing.T) {
 		port uint16
 		want bool
 	}{
-		{PortRange{From: 80}, 80, true}, {PortRange{From: 80}, 81, false}, {PortRange{From: 80}, 79, false},
-		{PortRange{From: 80, To: 82}, 82, true}, {PortRange{From: 80, To: 82}, 83, false}, {PortRange{From: 80, To: 82}, 1, false},
+		{PortRange{From: 80}, 80, true},
+		{PortRange{From: 80}, 81, false},
+		{PortRange{From: 80}, 79, false},
+		{PortRange{From: 80, To: 82}, 82, true},
+		{PortRange{From: 80, To: 82}, 83, false},
+		{PortRange{From: 80, To: 82}, 1, false},
 		{PortRange{From: 1, To: 65535}, 65535, true},
 	} {
 		if got := c.r.Contains(c.port); got != c.want {

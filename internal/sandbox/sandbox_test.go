@@ -100,7 +100,8 @@ func TestValidateFillsInTargets(t *testing.T) {
 	t.Parallel()
 	spec := valid()
 	spec.Mounts = []Mount{
-		{Kind: MountWorkspace, Source: "/w"}, {Kind: MountData, Source: "/d"},
+		{Kind: MountWorkspace, Source: "/w"},
+		{Kind: MountData, Source: "/d"},
 		{Kind: MountDisk, Source: "/disk.img", Target: "/disk", SizeMiB: 16},
 	}
 	if err := spec.Validate(); err != nil {

@@ -9,10 +9,12 @@ import (
 	"github.com/choiros/agent/internal/sandbox/drivertest"
 	"github.com/choiros/agent/internal/sandbox/drivertest/process"
 	"github.com/choiros/agent/internal/server/servertest"
+	"github.com/choiros/agent/internal/vm/vmtest"
 )
 
 func TestMain(m *testing.M) {
 	process.Main()
+	vmtest.Main()
 	os.Exit(m.Run())
 }
 

@@ -23,28 +23,7 @@ func TestContractOnPodman(t *testing.T) {
 	}
 	agent := startAgent(t, agentOptions{
 		Drivers: func(owner string) map[string]sandbox.Driver {
-			podman, err := container.New(container.Config{
-				RuntimeDir: os.Getenv("XDG_RUNTIME_DIR"), Owner: owner, GuestdDir: image.Guestd(t),
-			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() {
-				if err := podman.Close(); err != nil {
-					t.Error(err)
-				}
-			})
-			_, err = podman.Probe(t.Context())
-			drivertest.Require(t, "podman", err)
-			archive, err := os.Open(filepath.Join(image.Dir(t), image.RootOCI))
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, err = podman.LoadImage(t.Context(), archive)
-			if err = errors.Join(err, archive.Close()); err != nil {
-				t.Fatal(err)
-			}
-			return map[string]sandbox.Driver{"podman": podman}
+			return map[string]sandbox.Driver{"podman": openPodman(t, owner, image.RootOCI)}
 		},
 		Manager: manager.Config{MaxConcurrentBoots: 10},
 	})
@@ -58,4 +37,33 @@ func TestContractOnPodman(t *testing.T) {
 		Patience: 5 * time.Minute,
 		Without:  drivertest.Without{Dial: true, Configure: true},
 	})
+}
+
+// openPodman opens the driver until the test ends, with images loaded.
+func openPodman(t *testing.T, owner string, archives ...string) sandbox.Driver {
+	t.Helper()
+	podman, err := container.New(container.Config{
+		RuntimeDir: os.Getenv("XDG_RUNTIME_DIR"), Owner: owner, GuestdDir: image.Guestd(t),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := podman.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	_, err = podman.Probe(t.Context())
+	drivertest.Require(t, "podman", err)
+	for _, name := range archives {
+		archive, err := os.Open(filepath.Join(image.Dir(t), name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = podman.LoadImage(t.Context(), archive)
+		if err = errors.Join(err, archive.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return podman
 }

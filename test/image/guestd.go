@@ -21,13 +21,19 @@ func GuestdDir() string {
 	if dir := os.Getenv(GuestdEnv); dir != "" {
 		return dir
 	}
+	return inModule(".cache", "guestd")
+}
+
+// inModule is a path below the module's folder, in which the working directory
+// has to be; empty if it is not.
+func inModule(path ...string) string {
 	dir, err := os.Getwd()
 	if err != nil {
 		return ""
 	}
 	for root := dir; ; root = filepath.Dir(root) {
 		if _, err := os.Stat(filepath.Join(root, "go.mod")); err == nil {
-			return filepath.Join(root, ".cache", "guestd")
+			return filepath.Join(append([]string{root}, path...)...)
 		}
 		if root == filepath.Dir(root) {
 			return ""

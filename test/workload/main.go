@@ -6,8 +6,8 @@
 // for ignore-term. Status 2 means that it was called wrongly; status 1 that it
 // tried and could not, with the reason on stderr.
 //
-// It depends on nothing but the standard library and on no file of its image,
-// and it has no option that would make one subcommand behave like another.
+// It depends on no file of its image, and it has no option that would make one
+// subcommand behave like another.
 package main
 
 import (
@@ -108,8 +108,8 @@ func commands() []command {
 		{"listen HOST:PORT", "accept and echo TCP connections", 1, 1, listen},
 		{"greet HOST:PORT TEXT", "accept TCP connections, send each the line TEXT, then echo", 2, 2, greet},
 		{"connect HOST:PORT", "end with 0 if a TCP connection succeeds, else 1", 1, 1, connect},
-		{"guest-echo DIR PORT", "accept and echo connections to the socket DIR/PORT.sock", 2, 2, guestEcho},
-		{"guest-wedge DIR PORT", "listen on the socket DIR/PORT.sock and never accept", 2, 2, guestWedge},
+		{"guest-echo DIR PORT", "accept and echo connections to the socket DIR/PORT.sock, or vsock's port PORT if DIR is vsock", 2, 2, guestEcho},
+		{"guest-wedge DIR PORT", "listen there and never accept", 2, 2, guestWedge},
 		{"memory MIB", "allocate and touch MIB mebibytes, then sleep", 1, 1, memory},
 		{"spin", "keep every CPU busy", 0, 0, spin},
 		{"fork N", "start N children that sleep, print their pids, then sleep", 1, 1, fork},

@@ -55,22 +55,30 @@ func guestWedge(ctx context.Context, s streams, args []string) error {
 		return err
 	}
 	defer l.Close()
-	raw, err := l.(*net.UnixListener).SyscallConn()
-	if err != nil {
-		return err
-	}
-	var shrunk error
-	// A second listen(2) changes the backlog.
-	if err := raw.Control(func(fd uintptr) { shrunk = syscall.Listen(int(fd), 0) }); err != nil || shrunk != nil {
-		return errors.Join(err, shrunk)
+	if listener, ok := l.(syscall.Conn); ok {
+		raw, err := listener.SyscallConn()
+		if err != nil {
+			return err
+		}
+		var shrunk error
+		// A second listen(2) changes the backlog.
+		if err := raw.Control(func(fd uintptr) { shrunk = syscall.Listen(int(fd), 0) }); err != nil || shrunk != nil {
+			return errors.Join(err, shrunk)
+		}
 	}
 	fmt.Fprintln(s.stdout, "listening on", l.Addr())
 	<-ctx.Done()
 	return nil
 }
 
+// inMachine is the folder that stands for vsock.
+const inMachine = "vsock"
+
 // guestListen listens where the guest channel is looked for.
 func guestListen(ctx context.Context, dir, port string) (net.Listener, error) {
+	if dir == inMachine {
+		return listenVsock(port)
+	}
 	path := filepath.Join(dir, port+".sock")
 	// Left by an earlier life, which was killed.
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/choiros/agent/internal/image"
+	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/vm"
+	"github.com/choiros/agent/internal/vm/qemu"
+)
+
+// kitName is the folder of guest kits, one for each architecture, beside the
+// agent.
+const kitName = "guest-kit"
+
+// addMachines adds the driver of virtual machines. args makes this program a
+// shim, before the accelerator.
+func addMachines(all map[string]sandbox.Driver, cfg Config, args ...string) error {
+	images, err := image.Open(filepath.Join(cfg.StateDir, "images"))
+	if err != nil {
+		return err
+	}
+	kit := cfg.VM.GuestKit
+	if kit == "" {
+		if kit, err = beside(filepath.Join(kitName, runtime.GOARCH)); err != nil {
+			return err
+		}
+	}
+	host := &machineHost{options: qemu.Options{Accelerator: cfg.VM.Accelerator}}
+	driver, err := vm.New(vm.DriverConfig{
+		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: kit, Arch: runtime.GOARCH,
+		Shim: append(args, cfg.VM.Accelerator), Env: shimEnvironment(os.Environ()), Probe: host.probe,
+	})
+	if err != nil {
+		return err
+	}
+	all["vm"] = driver
+	return nil
+}
+
+// shimEnvironment is what a shim, and what it starts, is to know of the
+// agent's environment: where programs and temporary files are.
+func shimEnvironment(all []string) []string {
+	return slices.DeleteFunc(slices.Clone(all), func(variable string) bool {
+		name, _, _ := strings.Cut(variable, "=")
+		return !slices.Contains([]string{"PATH", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"}, name)
+	})
+}
+
+// machineHost finds out what this host can do for virtual machines, once that
+// it works.
+type machineHost struct {
+	options qemu.Options
+
+	mu     sync.Mutex
+	report *sandbox.Report
+}
+
+func (h *machineHost) probe(ctx context.Context) (sandbox.Report, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.report != nil {
+		return *h.report, nil
+	}
+	found, err := qemu.Probe(ctx, h.options)
+	if err != nil {
+		return sandbox.Report{}, &sandbox.UnavailableError{Err: err, Cure: "see whether QEMU runs at all: qemu-system-x86_64 --version"}
+	}
+	var missing []error
+	var cures []string
+	for _, program := range found.Missing {
+		missing = append(missing, program)
+		cures = append(cures, program.Cure)
+	}
+	if len(missing) > 0 {
+		return sandbox.Report{}, &sandbox.UnavailableError{Err: errors.Join(missing...), Cure: strings.Join(cures, "; ")}
+	}
+	report := sandbox.Report{Version: fmt.Sprintf("%s with %s",
+		strings.Join(slices.Sorted(maps.Values(found.Versions)), ", "), found.Accelerator)}
+	if found.Accelerator == qemu.TCG {
+		report.Warnings = append(report.Warnings, fmt.Sprintf(
+			"virtual machines are emulated, many times slower than with KVM: %s; let this user open /dev/kvm on a host whose processor can", found.WhyNotKVM))
+	}
+	h.report = &report
+	return report, nil
+}
+
+// runShim is the hidden command vm-shim: ACCELERATOR FOLDER.
+func runShim(args []string, stderr io.Writer) int {
+	if len(args) != 2 {
+		fmt.Fprintln(stderr, "agent: vm-shim is for the agent itself")
+		return exitUsage
+	}
+	if err := noCoreDumps(); err != nil {
+		printErrors(stderr, err)
+		return exitFailed
+	}
+	return vm.RunShim(args[1:], func(ctx context.Context, c vm.Config) (vm.Machine, error) {
+		return qemu.New(ctx, c, qemu.Options{Accelerator: args[0], ShareUID: c.ShareUID, ShareGID: c.ShareGID})
+	})
+}

@@ -1,0 +1,152 @@
+package vm
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxConsole is how much of what a console says is kept, in bytes. When it is
+// reached the file begins anew, and the part before is kept once.
+const maxConsole = 1 << 20
+
+// console is the host's end of a machine's console: it keeps what is said in a
+// file, and lets people watch and type.
+type console struct {
+	theirs *os.File // the machine's end
+	ours   *os.File
+	path   string
+	done   chan struct{}
+
+	mu       sync.Mutex
+	log      *os.File
+	size     int
+	watchers map[*net.UnixConn]chan []byte
+}
+
+// openConsole makes a console that is logged to a file, begun anew.
+func openConsole(path string) (*console, error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socketpair", err)
+	}
+	for _, fd := range pair {
+		unix.CloseOnExec(fd)
+	}
+	_ = unix.SetNonblock(pair[0], true)
+	c := &console{
+		ours: os.NewFile(uintptr(pair[0]), "console"), theirs: os.NewFile(uintptr(pair[1]), "console"),
+		path: path, done: make(chan struct{}), watchers: map[*net.UnixConn]chan []byte{},
+	}
+	if err := c.reopen(); err != nil {
+		c.ours.Close()
+		c.theirs.Close()
+		return nil, err
+	}
+	go c.read()
+	return c, nil
+}
+
+func (c *console) reopen() error {
+	log, err := os.OpenFile(c.path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	c.log, c.size = log, 0
+	return nil
+}
+
+// read takes all that the machine says, for as long as it does.
+func (c *console) read() {
+	defer close(c.done)
+	chunk := make([]byte, 4096)
+	for {
+		n, err := c.ours.Read(chunk)
+		if n > 0 {
+			c.hear(chunk[:n])
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// hear keeps what was said and shows it to who watches. Whoever is too slow to
+// read it loses it.
+func (c *console) hear(said []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.size+len(said) > maxConsole {
+		c.log.Close()
+		_ = os.Rename(c.path, c.path+".1")
+		if c.reopen() != nil {
+			return
+		}
+	}
+	n, _ := c.log.Write(said)
+	c.size += n
+	for _, watcher := range c.watchers {
+		select {
+		case watcher <- append([]byte(nil), said...):
+		default:
+		}
+	}
+}
+
+// attach connects a person to the console until they leave or it ends. What
+// was said last comes first.
+func (c *console) attach(conn *net.UnixConn) {
+	defer conn.Close()
+	said := make(chan []byte, 64)
+	c.mu.Lock()
+	before, err := os.ReadFile(c.path)
+	if err == nil {
+		c.watchers[conn] = said
+	}
+	c.mu.Unlock()
+	if err != nil {
+		answerError(conn, err)
+		return
+	}
+	defer func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.watchers, conn)
+	}()
+	if _, err := conn.Write(append([]byte{answerStream}, before...)); err != nil {
+		return
+	}
+	typed := make(chan struct{})
+	go func() {
+		defer close(typed)
+		_, _ = io.Copy(c.ours, conn)
+	}()
+	for {
+		select {
+		case chunk := <-said:
+			if _, err := conn.Write(chunk); err != nil {
+				return
+			}
+		case <-typed:
+			return
+		case <-c.done:
+			return
+		}
+	}
+}
+
+// close ends the console once the machine has.
+func (c *console) close() {
+	c.theirs.Close()
+	c.ours.Close()
+	<-c.done
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.log.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+		return
+	}
+}

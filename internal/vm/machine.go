@@ -1,0 +1,116 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+)
+
+// ErrNoListener is wrapped by Machine.Dial's error where nothing listens at
+// that port inside, or the machine does not run.
+var ErrNoListener = errors.New("nothing listens there")
+
+// ErrCannotSave is wrapped by the errors of a machine whose state cannot be
+// saved, or of a state that does not fit the machine.
+var ErrCannotSave = errors.New("the machine's state cannot be saved")
+
+// Machine is one virtual machine, from power on to power off, and all that is
+// needed for it on the host: whoever makes one closes it, and with it goes
+// every process, socket and descriptor that it brought. It never outlives the
+// process that made it, however that ends.
+//
+// Its methods are what both Virtualization.framework (through vz) and QEMU can
+// do, in the terms of the former. They are safe for concurrent use.
+type Machine interface {
+	// Start switches it on, or goes on from Config.Restore, and returns once
+	// its processors run. It is called once.
+	Start(ctx context.Context) error
+
+	// PressPower presses the power button. What the guest makes of it shows
+	// in Done, or does not.
+	PressPower(ctx context.Context) error
+
+	// Kill cuts the power. Of a machine that has ended it succeeds.
+	Kill() error
+
+	// Pause stops its processors, Resume lets them go on. Of a machine that
+	// is paused already, or runs, they succeed.
+	Pause(ctx context.Context) error
+	Resume(ctx context.Context) error
+
+	// Save writes the state of a paused machine, its memory above all, to a
+	// file that is not there yet. Disks are no part of it. On an error there is no file.
+	Save(ctx context.Context, path string) error
+
+	// Dial opens a byte stream to a vsock port inside. The caller closes the
+	// connection, which has CloseWrite; ctx ends only the dialling. Where it
+	// is a socket of the kernel's, it is a syscall.Conn of that socket.
+	Dial(ctx context.Context, port uint32) (net.Conn, error)
+
+	// Listen accepts what the guest connects to a vsock port of the host's.
+	// It is called before Start. The listener ends with the machine.
+	Listen(port uint32) (net.Listener, error)
+
+	// Done is closed once the machine has ended, and nothing of it runs.
+	Done() <-chan struct{}
+
+	// Err says, once Done is closed, why the machine ended: nil if the guest
+	// switched it off or Kill did.
+	Err() error
+
+	// Close kills the machine if it runs, and releases all that is its.
+	Close() error
+}
+
+// Config is what a Machine is made of. Paths may be relative to Dir.
+type Config struct {
+	// Dir is a folder of this machine's alone, mode 0700: for sockets and
+	// whatever else the body needs. What it makes there, Close removes.
+	Dir string
+	// Arch is GOARCH of the guest: amd64 or arm64.
+	Arch      string
+	CPUs      int
+	MemoryMiB int
+
+	// Kernel is uncompressed for arm64 (an Image), a bzImage for amd64.
+	Kernel, Initrd, Cmdline string
+
+	// Disks are virtio block devices, in this order.
+	Disks  []Disk
+	Shares []Share
+	// ShareUID and ShareGID are whom inside what this process's user has in
+	// shares belongs to, where that can be chosen; all that anybody inside
+	// makes there is that user's outside.
+	ShareUID, ShareGID uint32
+
+	// Network is one end of a pair of datagram sockets that carry Ethernet
+	// frames, one each; nil: no network device. The machine takes it over.
+	Network *os.File
+	MAC     net.HardwareAddr
+
+	// Console is what the guest's first console (hvc0) is connected to, for
+	// reading and writing; nil: to nothing. It stays the caller's.
+	Console *os.File
+
+	// Restore is a file that Save wrote; empty: a cold boot.
+	Restore string
+}
+
+// Disk is a block device.
+type Disk struct {
+	// Serial tells it apart inside; at most 20 bytes of [a-z0-9-].
+	Serial string
+	// Path of a raw image. A writable one is locked against another machine.
+	Path     string
+	ReadOnly bool
+}
+
+// Share is a folder of the host, shown by virtiofs.
+type Share struct {
+	// Tag tells it apart inside; at most 35 bytes of [a-z0-9-].
+	Tag  string
+	Path string
+	// ReadOnly is honoured on the host's side, whatever the guest mounts.
+	ReadOnly bool
+}

@@ -1,0 +1,168 @@
+package vm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/choiros/agent/internal/guest/wire"
+	"github.com/choiros/agent/internal/sandbox"
+)
+
+// dialLimit is how long a connection to a port inside may take.
+const dialLimit = 20 * time.Second
+
+// takeOrders serves the control socket until it is closed.
+func (l *life) takeOrders() {
+	for {
+		conn, err := l.control.Accept()
+		if err != nil {
+			return
+		}
+		unixConn, ok := conn.(*net.UnixConn)
+		if !ok {
+			conn.Close()
+			continue
+		}
+		go l.obey(unixConn)
+	}
+}
+
+func (l *life) obey(conn *net.UnixConn) {
+	o, err := readOrder(conn)
+	switch {
+	case err == nil && o.Op == opDial:
+		l.dial(conn, o.Port)
+		return
+	case err == nil && o.Op == opConsole:
+		l.console.attach(conn)
+		return
+	}
+	defer conn.Close()
+	var result any
+	if err == nil {
+		result, err = l.do(o)
+	}
+	var text []byte
+	if err == nil {
+		text, err = json.Marshal(result)
+	}
+	if err != nil {
+		answerError(conn, err)
+		return
+	}
+	_, _ = conn.Write(append([]byte{answerDone}, text...)) // who asked may be gone
+}
+
+// do carries an order out that is over when it is answered.
+func (l *life) do(o order) (any, error) {
+	switch o.Op {
+	case opPause, opResume:
+		return nil, l.setPaused(o.Op == opPause)
+	case opSetEgress:
+		if l.network == nil || o.Egress == nil {
+			return nil, errors.New("the machine has no network")
+		}
+		return nil, l.network.SetEgress(*o.Egress)
+	case opRefused:
+		if l.network == nil {
+			return refused{}, nil
+		}
+		return refused{l.network.Refused(), l.network.Stats().Refused}, nil
+	}
+	return nil, fmt.Errorf("this machine's shim does not know the order %q", o.Op)
+}
+
+// refused is what an egress policy has refused in this life.
+type refused struct {
+	Recent []sandbox.Refusal
+	Total  uint64
+}
+
+// pauseLimit is how long a hypervisor may take to stop its processors.
+const pauseLimit = 10 * time.Second
+
+// setPaused stops the machine's processors, or lets them go on, and writes
+// down which.
+func (l *life) setPaused(paused bool) error {
+	l.changing.Lock()
+	defer l.changing.Unlock()
+	if l.paused == paused {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), pauseLimit)
+	defer cancel()
+	change := l.machine.Resume
+	if paused {
+		change = l.machine.Pause
+	}
+	if err := change(ctx); err != nil {
+		return err
+	}
+	l.paused = paused
+	return l.SetPaused(paused)
+}
+
+// dial connects to a port inside and passes the connection on: itself if it is
+// the kernel's, else what goes through it.
+func (l *life) dial(conn *net.UnixConn, port uint32) {
+	ctx, cancel := context.WithTimeout(context.Background(), dialLimit)
+	defer cancel()
+	inside, err := l.connect(ctx, port)
+	if err != nil {
+		answerError(conn, err)
+		conn.Close()
+		return
+	}
+	if passable, ok := inside.(syscall.Conn); ok && pass(conn, passable) == nil {
+		inside.Close()
+		conn.Close()
+		return
+	}
+	if _, err := conn.Write([]byte{answerStream}); err != nil {
+		inside.Close()
+		conn.Close()
+		return
+	}
+	relay(conn, inside)
+}
+
+// connect connects to a port inside, once somebody is there: requests that a
+// device kept for a guest that is yet to boot would come all at once.
+func (l *life) connect(ctx context.Context, port uint32) (net.Conn, error) {
+	if l.guest.Load() == nil {
+		return nil, ErrNoListener
+	}
+	conn, err := l.machine.Dial(ctx, port)
+	if err != nil || port != wire.Port {
+		return conn, err
+	}
+	_ = conn.SetWriteDeadline(time.Now().Add(dialLimit))
+	if _, err := conn.Write(l.key); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return conn, conn.SetWriteDeadline(time.Time{})
+}
+
+// pass sends a connection's descriptor.
+func pass(conn *net.UnixConn, inside syscall.Conn) error {
+	raw, err := inside.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sent error
+	err = raw.Control(func(fd uintptr) {
+		_, _, sent = conn.WriteMsgUnix([]byte{answerPassed}, unix.UnixRights(int(fd)), nil)
+	})
+	if err != nil {
+		return err
+	}
+	return sent
+}

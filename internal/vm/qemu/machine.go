@@ -1,0 +1,469 @@
+//go:build linux
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/digitalocean/go-qemu/qmp"
+
+	"github.com/choiros/agent/internal/vm"
+)
+
+// killTimeout is how long a killed process may take to be gone: one that the
+// kernel holds on to, in a read of a dead network disk say, ends later.
+const killTimeout = 10 * time.Second
+
+var (
+	errStarted    = errors.New("the machine was started before")
+	errNotRunning = errors.New("the machine does not run")
+)
+
+// machine is the only implementation of vm.Machine here.
+type machine struct {
+	options   Options
+	plan      plan
+	qemuPath  string
+	virtiofsd string // path
+	sandbox   string // of virtiofsd
+	vsockPath string // of vhost-device-vsock
+	device    *os.File
+	dir       folder
+	transport transport
+	children  *children
+	// vsockChild is vhost-device-vsock, while there is one.
+	vsockChild *child
+	done       chan struct{}
+
+	// changing is held while its state is changed: paused, resumed, saved.
+	changing sync.Mutex
+
+	mu        sync.Mutex
+	stage     stage
+	killed    bool
+	shutdown  string // reason in QEMU's SHUTDOWN event
+	plugged   bool   // the vsock device that can be unplugged
+	unplugged chan struct{}
+	listeners []net.Listener
+	mon       *monitor
+	err       error // once done is closed
+}
+
+type stage int
+
+const (
+	stageNew stage = iota
+	stageStarted
+	stageEnded
+)
+
+// New makes a machine of config, whose Dir must be there, and starts nothing.
+// Unless the accelerator is given it tries KVM, which ctx can end. It takes
+// over config.Network, also on an error. A *MissingError is in the errors about
+// programs that are not there.
+func New(ctx context.Context, config vm.Config, options Options) (vm.Machine, error) {
+	m := &machine{options: options, done: make(chan struct{})}
+	m.plan.config = config
+	if err := m.prepare(ctx); err != nil {
+		m.release()
+		return nil, err
+	}
+	return m, nil
+}
+
+func (m *machine) prepare(ctx context.Context) error {
+	config := &m.plan.config
+	var err error
+	if m.qemuPath, err = m.options.qemuPath(config.Arch); err != nil {
+		return err
+	}
+	if err := check(*config); err != nil {
+		return err
+	}
+	if len(config.Shares) > 0 {
+		if m.virtiofsd, err = m.options.virtiofsdPath(); err != nil {
+			return err
+		}
+		m.sandbox = shareSandbox(ctx, m.virtiofsd)
+	}
+	if m.dir, err = openFolder(config.Dir); err != nil {
+		return err
+	}
+	if m.plan.accelerator, _, err = m.options.accelerator(ctx, m.qemuPath, config.Arch); err != nil {
+		return err
+	}
+	if m.device, m.plan.cid, err = claimCID(); err == nil {
+		m.plan.vsock, m.transport = vsockKernel, kernelGuest{m.plan.cid}
+		config.Cmdline += cidPortsWord
+	} else {
+		if m.vsockPath, err = m.options.vsockPath(); err != nil {
+			return err
+		}
+		m.plan.vsock, m.transport = vsockUser, userVsock{m.dir}
+		config.Cmdline += creditWord
+	}
+	m.children = newChildren(config.Dir)
+	return nil
+}
+
+func (m *machine) Start(ctx context.Context) error {
+	m.changing.Lock()
+	defer m.changing.Unlock()
+	m.mu.Lock()
+	if m.stage != stageNew {
+		defer m.mu.Unlock()
+		if m.stage == stageEnded {
+			return errNotRunning
+		}
+		return errStarted
+	}
+	m.stage = stageStarted
+	m.mu.Unlock()
+	err := m.launch(ctx)
+	if err == nil {
+		if err = m.powerOn(ctx); err == nil {
+			return nil
+		}
+	}
+	return m.abandon(err)
+}
+
+// launch starts the processes, and whoever waits for their end.
+func (m *machine) launch(ctx context.Context) error {
+	mine, theirs, err := socketpair("qmp")
+	if err != nil {
+		m.end(err)
+		return err
+	}
+	defer mine.Close()
+	pass := passing{}
+	defer pass.close()
+	m.plan.fds.qmp = pass.add(theirs)
+	if network := m.plan.config.Network; network != nil {
+		m.plan.fds.network = pass.lend(network)
+	}
+	if err := m.launchHelpers(ctx, &pass); err != nil {
+		m.end(err)
+		return err
+	}
+	conn, err := net.FileConn(mine)
+	if err != nil {
+		m.end(err)
+		return err
+	}
+	console := m.plan.config.Console
+	qemu, err := m.children.start("qemu", m.qemuPath, m.plan.arguments(), console, console, pass.files...)
+	if err != nil {
+		conn.Close()
+		m.end(err)
+		return err
+	}
+	m.mu.Lock()
+	m.mon = newMonitor(conn, m.note)
+	m.mu.Unlock()
+	go m.watch(qemu)
+	return nil
+}
+
+func (m *machine) launchHelpers(ctx context.Context, pass *passing) error {
+	for i := range m.plan.config.Shares {
+		conn, err := m.startShare(i)
+		if err != nil {
+			return err
+		}
+		m.plan.fds.shares = append(m.plan.fds.shares, pass.add(conn))
+	}
+	if m.plan.vsock == vsockKernel {
+		m.plan.fds.vsock = pass.lend(m.device)
+		return nil
+	}
+	if m.plan.config.Restore != "" {
+		return nil // it is plugged in later
+	}
+	conn, err := m.startVsock(ctx)
+	if err != nil {
+		return err
+	}
+	m.plan.fds.vsock = pass.add(conn)
+	m.plugged = true
+	return nil
+}
+
+// startVsock starts vhost-device-vsock and connects to it. It is made for one
+// connection: when that ends it makes all its sockets anew, and whoever connects
+// meanwhile meets the old ones or the new.
+func (m *machine) startVsock(ctx context.Context) (*os.File, error) {
+	args := []string{fmt.Sprintf("--guest-cid=%d", userCID), "--socket=" + vhostSocket, "--uds-path=" + vsockSocket, "--tx-buffer-size=262144"}
+	device, err := m.children.start("vhost-device-vsock", m.vsockPath, args, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	m.vsockChild = device
+	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
+	defer cancel()
+	for {
+		conn, err := m.dir.connect(vhostSocket)
+		if err == nil {
+			return conn, nil
+		}
+		select {
+		case <-time.After(2 * time.Millisecond): // it does not say when it listens
+		case <-device.ended:
+			return nil, device.failure()
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for vhost-device-vsock: %w: %w", context.Cause(ctx), err)
+		}
+	}
+}
+
+// powerOn brings a QEMU that has just started to where its processors run.
+func (m *machine) powerOn(ctx context.Context) error {
+	if err := m.mon.connect(ctx); err != nil {
+		return err
+	}
+	if m.plan.config.Restore != "" {
+		if err := m.restore(ctx); err != nil {
+			return err
+		}
+	}
+	return m.mon.run(ctx, "cont", nil, nil)
+}
+
+// abandon ends a machine that did not start, and says why it did not.
+func (m *machine) abandon(err error) error {
+	if errors.Is(err, errMonitorClosed) {
+		// QEMU has ended, or is about to, and its last words say more.
+		select {
+		case <-m.done:
+			if m.err != nil {
+				return m.err
+			}
+		case <-time.After(farewell):
+		}
+	}
+	if killed := m.Kill(); killed != nil {
+		return errors.Join(err, killed)
+	}
+	return err
+}
+
+// note takes QEMU's events.
+func (m *machine) note(event qmp.Event) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch event.Event {
+	case "SHUTDOWN":
+		m.shutdown, _ = event.Data["reason"].(string)
+	case "DEVICE_DELETED":
+		if event.Data["device"] == vsockDevice {
+			m.plugged = false
+			if m.unplugged != nil {
+				close(m.unplugged)
+				m.unplugged = nil
+			}
+		}
+	}
+}
+
+// watch waits until one of the processes ends, and ends the machine.
+func (m *machine) watch(qemu *child) {
+	first := <-m.children.fall
+	for first.retired {
+		first = <-m.children.fall
+	}
+	if first != qemu && first.cmd.ProcessState.Exited() {
+		// QEMU lets go of its helpers, which end then, before it ends itself.
+		select {
+		case <-qemu.ended:
+			first = qemu
+		case <-time.After(farewell):
+		}
+	}
+	if first == qemu {
+		<-m.mon.ended // so that all it said was taken in
+	}
+	m.end(m.verdict(qemu, first))
+}
+
+// verdict is why the machine ended, whose process first ended first.
+func (m *machine) verdict(qemu, first *child) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.killed:
+		return nil
+	case first != qemu || qemu.err != nil:
+		return first.failure()
+	}
+	switch m.shutdown {
+	case "guest-shutdown":
+		return nil
+	case "guest-reset", "guest-panic":
+		return fmt.Errorf("the guest ended with %s", m.shutdown)
+	}
+	return first.failure()
+}
+
+// end ends whatever runs and releases it, and tells that it is over.
+func (m *machine) end(err error) {
+	m.children.kill()
+	m.mu.Lock()
+	mon := m.mon
+	m.mu.Unlock()
+	if mon != nil {
+		mon.close()
+	}
+	m.release()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.stage = stageEnded
+	if !m.killed {
+		m.err = err
+	}
+	close(m.done)
+}
+
+// release gives back all that is the machine's but its processes.
+func (m *machine) release() {
+	m.mu.Lock()
+	listeners := m.listeners
+	m.stage, m.listeners = stageEnded, nil
+	m.mu.Unlock()
+	for _, l := range listeners {
+		l.Close()
+	}
+	if m.plan.config.Network != nil {
+		m.plan.config.Network.Close()
+	}
+	if m.device != nil {
+		m.device.Close()
+	}
+	if m.dir.file != nil {
+		if m.plan.vsock == vsockUser {
+			// Each may be there or not: vhost-device-vsock was killed.
+			m.removeVsockSockets()
+		}
+		m.dir.file.Close()
+	}
+}
+
+func (m *machine) removeVsockSockets() {
+	_ = m.dir.remove(vhostSocket)
+	_ = m.dir.remove(vsockSocket)
+}
+
+func (m *machine) PressPower(ctx context.Context) error {
+	mon, err := m.running()
+	if err != nil {
+		return err
+	}
+	return mon.run(ctx, "system_powerdown", nil, nil)
+}
+
+// running is the monitor of a machine that was started and has not ended.
+func (m *machine) running() (*monitor, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.stage != stageStarted || m.mon == nil {
+		return nil, errNotRunning
+	}
+	return m.mon, nil
+}
+
+func (m *machine) Kill() error {
+	m.mu.Lock()
+	stage := m.stage
+	if stage != stageEnded {
+		m.killed = true
+	}
+	m.mu.Unlock()
+	switch stage {
+	case stageNew:
+		return m.Close()
+	case stageStarted:
+		m.children.signal()
+	}
+	select {
+	case <-m.done:
+		return nil
+	case <-time.After(killTimeout):
+		return fmt.Errorf("kill: not gone after %v", killTimeout)
+	}
+}
+
+func (m *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
+	if _, err := m.running(); err != nil {
+		return nil, fmt.Errorf("dial vsock port %d: %w: %w", port, vm.ErrNoListener, err)
+	}
+	conn, err := m.transport.dial(ctx, port)
+	if err != nil {
+		return nil, fmt.Errorf("dial vsock port %d: %w", port, err)
+	}
+	return conn, nil
+}
+
+func (m *machine) Listen(port uint32) (net.Listener, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.stage != stageNew {
+		return nil, fmt.Errorf("listen at vsock port %d: %w", port, errStarted)
+	}
+	listener, err := m.transport.listen(port)
+	if err != nil {
+		return nil, fmt.Errorf("listen at vsock port %d: %w", port, err)
+	}
+	m.listeners = append(m.listeners, listener)
+	return listener, nil
+}
+
+func (m *machine) Done() <-chan struct{} { return m.done }
+
+func (m *machine) Err() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.err
+}
+
+func (m *machine) Close() error {
+	m.mu.Lock()
+	fresh := m.stage == stageNew
+	if fresh {
+		m.stage, m.killed = stageStarted, true
+	}
+	m.mu.Unlock()
+	if fresh {
+		m.end(nil)
+		return nil
+	}
+	return m.Kill()
+}
+
+// passing are the descriptors that a child inherits, and those that are then
+// closed here.
+type passing struct {
+	files, ours []*os.File
+}
+
+// lend is the number in the child of a descriptor that stays open here.
+func (p *passing) lend(file *os.File) int {
+	p.files = append(p.files, file)
+	return 2 + len(p.files)
+}
+
+// add is the number in the child of a descriptor that is the child's alone.
+func (p *passing) add(file *os.File) int {
+	p.ours = append(p.ours, file)
+	return p.lend(file)
+}
+
+func (p *passing) close() {
+	for _, file := range p.ours {
+		file.Close()
+	}
+}

@@ -1,0 +1,343 @@
+package vm
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
+	"github.com/choiros/agent/internal/guest/wire"
+	"github.com/choiros/agent/internal/shim"
+	"github.com/choiros/agent/internal/vm/network"
+)
+
+// hostPort is where a machine's guestd calls its shim; see machine.proto.
+const hostPort = 1025
+
+// Names of what a shim has in its box.
+const (
+	bootRecord  = "boot.json"
+	layerFile   = "layer.img"
+	machineDir  = "machine"
+	consoleFile = "console.log"
+)
+
+// Serials of the disks that a machine made from an image has.
+const (
+	imageSerial = "image"
+	layerSerial = "layer"
+)
+
+// keyBytes is the length of a life's key.
+const keyBytes = 32
+
+const sigTerm = int32(syscall.SIGTERM)
+
+const (
+	// powerOnLimit is how long a hypervisor may take to start.
+	powerOnLimit = 30 * time.Second
+	// powerOffLimit is how long a guest may take to switch itself off once its
+	// workload has ended and it has put its disks in order.
+	powerOffLimit = 10 * time.Second
+)
+
+// RunShim is the main program of a shim, given what follows DriverConfig.Shim; it
+// returns the status to exit with. newMachine makes the machine.
+func RunShim(args []string, newMachine func(context.Context, Config) (Machine, error)) int {
+	if len(args) != 1 {
+		fmt.Fprintln(os.Stderr, "a shim is started by the agent, with the folder of its sandbox")
+		return 2
+	}
+	s, err := shim.Enter(args[0])
+	if err != nil {
+		return 1
+	}
+	l := &life{Shim: s}
+	err = l.begin(newMachine)
+	if err != nil {
+		l.release()
+		s.Fail(err)
+		return 1
+	}
+	if err := s.Started(); err != nil {
+		l.release()
+		return 1
+	}
+	end := l.supervise()
+	l.release()
+	if err := s.Finish(end); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// life is one life of one machine, in its shim.
+type life struct {
+	*shim.Shim
+	plan    plan
+	boot    bundle
+	machine Machine
+	network *network.Network
+	console *console
+	control net.Listener
+	tasks   sync.WaitGroup
+
+	// changing is held while the machine is paused or resumed.
+	changing sync.Mutex
+	paused   bool
+
+	// key is what lets this shim, and nobody else, speak to guestd.
+	key []byte
+	// guest is guestd's own connection, once it has said that it is awake.
+	guest atomic.Pointer[wire.Conn]
+	// output are the two streams of what the workload prints.
+	output [2]*io.PipeWriter
+	// ended is sent what guestd says of the end, once.
+	ended chan *guestv1.Ended
+}
+
+// begin brings a new life to where its processors run.
+func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) error {
+	l.ended = make(chan *guestv1.Ended, 1)
+	l.key = make([]byte, keyBytes)
+	_, _ = rand.Read(l.key) // never fails, see crypto/rand
+	// Names of sockets are relative: paths of any length would not do.
+	if err := os.Chdir(l.Box.Dir); err != nil {
+		return err
+	}
+	if found, err := l.Box.Made(&l.plan); err != nil {
+		return err
+	} else if !found {
+		return errors.New("it was deleted")
+	}
+	if found, err := l.Box.Load(bootRecord, &l.boot); err != nil {
+		return err
+	} else if !found {
+		return errors.New("nothing says what to boot")
+	}
+	if err := os.RemoveAll(machineDir); err != nil { // of a life that was killed
+		return err
+	}
+	if err := os.Mkdir(machineDir, 0o700); err != nil {
+		return err
+	}
+	var err error
+	if l.console, err = openConsole(l.Box.Path(consoleFile)); err != nil {
+		return err
+	}
+	config, err := l.config()
+	if err != nil {
+		return err
+	}
+	if l.machine, err = newMachine(context.Background(), config); err != nil {
+		return err
+	}
+	calls, err := l.machine.Listen(hostPort)
+	if err != nil {
+		return err
+	}
+	if l.control, err = listenControl(); err != nil {
+		return err
+	}
+	for i := range l.output {
+		reader, writer := io.Pipe()
+		l.output[i] = writer
+		l.tasks.Go(func() { l.Log.Copy(reader, i == 1) })
+	}
+	l.tasks.Go(func() { l.answerGuest(calls) })
+	l.tasks.Go(l.takeOrders)
+	ctx, cancel := context.WithTimeout(context.Background(), powerOnLimit)
+	defer cancel()
+	return l.machine.Start(ctx)
+}
+
+// config is what the machine is made of. It opens the network.
+func (l *life) config() (Config, error) {
+	c := Config{
+		Dir: l.Box.Path(machineDir), Arch: l.boot.Arch, CPUs: l.plan.CPUs, MemoryMiB: l.plan.MemoryMiB,
+		Kernel: l.boot.Kernel, Initrd: l.boot.Initrd, Cmdline: l.boot.Cmdline, Console: l.console.theirs,
+		ShareUID: l.plan.Owner.UID, ShareGID: l.plan.Owner.GID,
+	}
+	if image := l.plan.Image; image != nil {
+		c.Disks = []Disk{
+			{Serial: imageSerial, Path: image.Root, ReadOnly: true},
+			{Serial: layerSerial, Path: l.Box.Path(layerFile)},
+		}
+	}
+	for _, d := range l.plan.Disks {
+		if err := d.make(); err != nil {
+			return c, err
+		}
+		c.Disks = append(c.Disks, Disk{Serial: d.Serial, Path: d.Source})
+	}
+	for _, d := range l.boot.Disks {
+		disk := Disk{Serial: d.Serial, Path: d.File, ReadOnly: !d.Writable}
+		if d.Writable {
+			disk.Path = l.Box.Path(filepath.Base(d.File))
+		}
+		c.Disks = append(c.Disks, disk)
+	}
+	for _, s := range l.plan.Shares {
+		c.Shares = append(c.Shares, Share{Tag: s.Tag, Path: s.Source, ReadOnly: s.ReadOnly})
+	}
+	if l.plan.Options.Network == networkNone {
+		return c, nil
+	}
+	ours, theirs, err := network.Pair()
+	if err != nil {
+		return c, err
+	}
+	c.Network, c.MAC = theirs, guestMAC()
+	l.network, err = network.Open(network.Config{Link: ours, MAC: c.MAC, Egress: l.plan.Spec.Egress})
+	if err != nil {
+		theirs.Close()
+	}
+	return c, err
+}
+
+// make makes the image of a disk that has none, or that is to be larger: a hole
+// that takes room only as it is filled. Nothing of it is ever taken away.
+func (d disk) make() error {
+	image, err := os.OpenFile(d.Source, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	defer image.Close()
+	info, err := image.Stat()
+	if err != nil {
+		return err
+	}
+	if size := int64(d.SizeMiB) << 20; info.Size() < size { //nolint:gosec // Validated.
+		return image.Truncate(size)
+	}
+	return nil
+}
+
+// guestMAC is the same for every machine: each has a network of its own.
+func guestMAC() net.HardwareAddr { return net.HardwareAddr{0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xee} }
+
+// supervise stops the machine when asked to, and returns how its life ended
+// once it has.
+func (l *life) supervise() shim.End {
+	var deadline time.Time
+	kill := time.NewTimer(0)
+	<-kill.C
+	detail := ""
+	for {
+		select {
+		case grace := <-l.Stops:
+			switch until := time.Now().Add(grace); {
+			case grace <= 0:
+				l.kill()
+			case l.guest.Load() == nil:
+				// There is nobody yet who would have something to lose.
+				l.kill()
+				return l.waited(shim.End{ExitCode: 128 + int(sigTerm), Detail: "stopped while it booted"})
+			case deadline.IsZero() || until.Before(deadline):
+				l.signal()
+				deadline = until
+				kill.Reset(grace)
+			default:
+				l.signal()
+			}
+		case <-kill.C:
+			detail = "it did not stop within its grace, and was killed"
+			l.kill()
+		case ended := <-l.ended:
+			return l.waited(shim.End{
+				FinishedAt: time.Now(), ExitCode: int(ended.GetCode()) & 0xff,
+				OOMKilled: ended.GetOomKilled(), Detail: printable(ended.GetMessage()),
+			})
+		case <-l.machine.Done():
+			return l.fell(detail)
+		}
+	}
+}
+
+// kill cuts the power. The machine ends, or its Done would lie.
+func (l *life) kill() {
+	if err := l.machine.Kill(); err != nil {
+		fmt.Fprintln(os.Stderr, "kill the machine:", err)
+	}
+}
+
+// signal has guestd ask the workload to end, for which the machine has to run.
+func (l *life) signal() {
+	if err := l.setPaused(false); err != nil {
+		fmt.Fprintln(os.Stderr, "resume the machine:", err)
+	}
+	number := sigTerm
+	if l.plan.Image != nil {
+		number = l.plan.Image.StopSignal
+	}
+	conn := l.guest.Load()
+	_ = conn.NetConn().SetWriteDeadline(time.Now().Add(time.Second))
+	if err := conn.Send(&guestv1.MachineOrder{Signal: number}); err != nil {
+		// A guest that takes no orders has its grace, and then is killed.
+		fmt.Fprintln(os.Stderr, "signal the guest:", err)
+	}
+}
+
+// waited is the end of a life whose end is known, once the machine is off.
+func (l *life) waited(end shim.End) shim.End {
+	select {
+	case <-l.machine.Done():
+	case <-time.After(powerOffLimit):
+		l.kill()
+		<-l.machine.Done()
+	}
+	return end
+}
+
+// fell is the end of a machine that went without a word of guestd's.
+func (l *life) fell(detail string) shim.End {
+	select {
+	case ended := <-l.ended: // it came at the same moment
+		return shim.End{ExitCode: int(ended.GetCode()) & 0xff, OOMKilled: ended.GetOomKilled(), Detail: printable(ended.GetMessage())}
+	default:
+	}
+	if err := l.machine.Err(); err != nil {
+		detail = printable(err.Error())
+	}
+	return shim.End{ExitCode: 128 + int(syscall.SIGKILL), Detail: detail}
+}
+
+// release gives back all that the life had, and returns once nothing of it is
+// left but records.
+func (l *life) release() {
+	if l.control != nil {
+		l.control.Close()
+		_ = os.Remove(controlSocket)
+	}
+	if l.machine != nil {
+		if err := l.machine.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "close the machine:", err)
+		}
+	}
+	if conn := l.guest.Load(); conn != nil {
+		conn.Close()
+	}
+	if l.network != nil {
+		_ = l.network.Close()
+	}
+	for _, output := range l.output {
+		if output != nil {
+			_ = output.Close() // never fails
+		}
+	}
+	l.tasks.Wait()
+	if l.console != nil {
+		l.console.close()
+	}
+	_ = os.RemoveAll(machineDir)
+}

@@ -1,0 +1,134 @@
+// Package vmtest runs real virtual machines for tests, emulated, so that they
+// are the same wherever they run.
+package vmtest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	imagestore "github.com/choiros/agent/internal/image"
+	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/sandbox/drivertest"
+	"github.com/choiros/agent/internal/vm"
+	"github.com/choiros/agent/internal/vm/qemu"
+	"github.com/choiros/agent/test/image"
+)
+
+// shimFlag makes a test binary a shim.
+const shimFlag = "-vm-shim"
+
+// Main takes over if this process was started as a shim, and exits; else it
+// returns at once. Call it in TestMain, before anything else.
+func Main() {
+	if len(os.Args) > 1 && os.Args[1] == shimFlag {
+		os.Exit(vm.RunShim(os.Args[2:], func(ctx context.Context, c vm.Config) (vm.Machine, error) {
+			return qemu.New(ctx, c, qemu.Options{Accelerator: qemu.TCG, ShareUID: c.ShareUID, ShareGID: c.ShareGID})
+		}))
+	}
+}
+
+// probe asks once what this host can do.
+var probe = sync.OnceValues(func() (qemu.Report, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	return qemu.Probe(ctx, qemu.Options{Accelerator: qemu.TCG})
+})
+
+// Open opens a driver on a folder, with the images beside it.
+func Open(root string) (*vm.Driver, error) {
+	images, err := imagestore.Open(filepath.Join(filepath.Dir(root), "images"))
+	if err != nil {
+		return nil, err
+	}
+	return vm.New(vm.DriverConfig{
+		Root: root, Images: images, Kit: image.KitDir(), Arch: runtime.GOARCH,
+		Shim: []string{shimFlag},
+		// A binary built with the race detector would take a second to exit.
+		Env: append(os.Environ(), "GORACE=atexit_sleep_ms=0"),
+		Probe: func(context.Context) (sandbox.Report, error) {
+			report, err := probe()
+			return sandbox.Report{Version: report.Accelerator}, err
+		},
+	})
+}
+
+// Backend makes a folder for machines, with the test images loaded, and returns
+// it. Without QEMU the test is skipped, or fails if AGENT_REQUIRE has qemu in
+// it. When the test ends nothing that runs may be left.
+func Backend(t *testing.T) (root string) {
+	t.Helper()
+	report, err := probe()
+	if err == nil && len(report.Missing) > 0 {
+		err = errors.Join(report.Missing[0], errors.New(report.Missing[0].Cure))
+	}
+	drivertest.Require(t, "qemu", err)
+	image.Kit(t)
+	base, err := os.MkdirTemp("", "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		CheckNoProcess(t, base)
+		if err := os.RemoveAll(base); err != nil {
+			t.Error(err)
+		}
+	})
+	root = filepath.Join(base, "ours")
+	d, err := Open(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{image.RootOCI, image.UserDocker} {
+		archive, err := os.ReadFile(filepath.Join(image.Dir(t), file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.LoadImage(t.Context(), bytes.NewReader(archive)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
+// Resources are those of a machine that is enough for a test.
+func Resources() sandbox.Resources { return sandbox.Resources{CPUMillis: 1000, MemoryMiB: 192} }
+
+// CheckNoProcess fails the test if a process works in a folder, as all that a
+// shim starts does, or was started with one in it as an argument.
+func CheckNoProcess(t *testing.T, dir string) {
+	t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(20 * time.Second)
+	for left := processesIn(dir); len(left) > 0; left = processesIn(dir) {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Errorf("processes are left: %s", strings.Join(left, "; "))
+			return
+		}
+	}
+}
+
+func processesIn(dir string) []string {
+	var found []string
+	entries, _ := filepath.Glob("/proc/[0-9]*") // the pattern is a good one
+	for _, entry := range entries {
+		cwd, _ := os.Readlink(filepath.Join(entry, "cwd"))         // a process may be gone,
+		cmdline, _ := os.ReadFile(filepath.Join(entry, "cmdline")) // or somebody else's
+		args := strings.Split(string(cmdline), "\x00")
+		if strings.HasPrefix(cwd, dir+"/") || slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, dir+"/") }) {
+			found = append(found, filepath.Base(entry)+" "+strings.Join(args, " "))
+		}
+	}
+	return found
+}

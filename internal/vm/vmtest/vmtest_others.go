@@ -1,0 +1,6 @@
+//go:build !linux
+
+package vmtest
+
+// Main returns: there are no shims.
+func Main() {}
