@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 )
@@ -60,6 +61,11 @@ func build(ctx context.Context, o options, progress io.Writer) error {
 	}
 	if o.guestd == "" || o.out == "" {
 		return errors.New("-guestd and -o are needed")
+	}
+	for _, program := range []string{"apt-get", "dpkg-deb", "xz"} {
+		if _, err := exec.LookPath(program); err != nil {
+			return fmt.Errorf("%w; it needs Debian or what descends from it, with apt, dpkg and xz-utils installed", err)
+		}
 	}
 	guestd, err := os.ReadFile(o.guestd)
 	if err != nil {
