@@ -90,6 +90,22 @@ func TestCreditDirectionsAreIndependent(t *testing.T) {
 	}
 }
 
+// What a peer sent before it went is read to its end.
+func TestCreditOutlivesPeer(t *testing.T) {
+	t.Parallel()
+	one, other := rawPair(t)
+	b := WithCredit(other)
+	if _, err := b.Write(make([]byte, creditWindow)); err != nil {
+		t.Fatal(err)
+	}
+	b.Close()
+	a := WithCredit(one) // it can send nothing any more
+	defer a.Close()
+	if n, err := io.Copy(io.Discard, a); n != creditWindow || err != nil {
+		t.Error(n, err)
+	}
+}
+
 func TestCreditDeadlines(t *testing.T) {
 	t.Parallel()
 	a, b := creditPair(t)

@@ -49,6 +49,7 @@ type machine struct {
 	killed    bool
 	shutdown  string // reason in QEMU's SHUTDOWN event
 	plugged   bool   // the vsock device that can be unplugged
+	inUse     bool   // of which the guest has taken hold
 	unplugged chan struct{}
 	listeners []net.Listener
 	mon       *monitor
@@ -262,7 +263,7 @@ func (m *machine) note(event qmp.Event) {
 		m.shutdown, _ = event.Data["reason"].(string)
 	case "DEVICE_DELETED":
 		if event.Data["device"] == vsockDevice {
-			m.plugged = false
+			m.plugged, m.inUse = false, false
 			if m.unplugged != nil {
 				close(m.unplugged)
 				m.unplugged = nil
@@ -398,7 +399,11 @@ func (m *machine) Kill() error {
 }
 
 func (m *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
-	if _, err := m.running(); err != nil {
+	_, err := m.running()
+	if err == nil {
+		err = m.vsockStarted(ctx)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("dial vsock port %d: %w: %w", port, vm.ErrNoListener, err)
 	}
 	conn, err := m.transport.dial(ctx, port)

@@ -51,24 +51,49 @@ type transport interface {
 // userVsock is vhost-device-vsock's side of it: unix sockets.
 type userVsock struct{ dir folder }
 
-// firstPatience is how long vhost-device-vsock is given to answer at first, and
-// then twice as long each time.
-const firstPatience = 2 * time.Second
+var errNoDriver = errors.New("the guest has not set its vsock device up")
 
-// dial asks again where it is not answered: what was asked before the guest had
-// found its device, after a boot or once it was plugged in again, may be lost.
-func (u userVsock) dial(ctx context.Context, port uint32) (net.Conn, error) {
-	for patience := firstPatience; ; patience *= 2 {
-		attempt, cancel := context.WithTimeout(ctx, patience)
-		conn, err := u.dialOnce(attempt, port)
-		cancel()
-		if err == nil || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
-			return conn, err
-		}
+// settling is how long vhost-device-vsock is given for the messages that QEMU
+// sends it as the guest sets the device up, once they are on their way.
+const settling = 20 * time.Millisecond
+
+// vsockStarted is an error while the guest has not set the device up.
+// vhost-device-vsock does not survive a connection in the middle of that: a
+// thread of it ends, and it is silent from then on.
+func (m *machine) vsockStarted(ctx context.Context) error {
+	m.mu.Lock()
+	plugged, inUse := m.plugged, m.inUse
+	m.mu.Unlock()
+	if m.plan.vsock != vsockUser || inUse {
+		return nil
 	}
+	if !plugged {
+		return errNoDriver
+	}
+	var status struct {
+		Started bool `json:"vhost-started"`
+	}
+	err := m.mon.run(ctx, "x-query-virtio-status", object{"path": "/machine/peripheral/" + vsockDevice + "/virtio-backend"}, &status)
+	if refusal, ok := errors.AsType[*commandError](err); ok && refusal.Class == "CommandNotFound" {
+		status.Started = true // QEMU before 7.2 cannot tell
+	} else if err != nil {
+		return err
+	}
+	if !status.Started {
+		return errNoDriver
+	}
+	select {
+	case <-time.After(settling):
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.inUse = m.plugged
+	return nil
 }
 
-func (u userVsock) dialOnce(ctx context.Context, port uint32) (net.Conn, error) {
+func (u userVsock) dial(ctx context.Context, port uint32) (net.Conn, error) {
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", u.dir.name(vsockSocket))
 	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED) {
 		return nil, fmt.Errorf("%w: %w", vm.ErrNoListener, err)
