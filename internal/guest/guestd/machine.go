@@ -56,8 +56,8 @@ func live(ctx context.Context, o options, first bool, signals <-chan os.Signal) 
 		return exitFault, err
 	}
 	l.host = h
-	key := plan.GetKey()
-	l.key.Store(&key)
+	l.key = plan.GetKey()
+	close(l.keyed)
 	l.workload.streams.take = h.take
 	go h.follow(ctx)
 	go l.become(plan)

@@ -10,7 +10,6 @@ import (
 	"io"
 	"net"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
@@ -38,16 +37,16 @@ type server struct {
 	// be none, for fault's reason.
 	ready chan struct{}
 	fault error
-	// key is what connections begin with; nil: not known yet, so that nobody
-	// can be let in.
-	key atomic.Pointer[[]byte]
+	// key is what connections begin with, once keyed is closed.
+	key   []byte
+	keyed chan struct{}
 }
 
 func newServer(o options, first bool) *server {
-	s := &server{children: newProcesses(first), ready: make(chan struct{})}
+	s := &server{children: newProcesses(first), ready: make(chan struct{}), keyed: make(chan struct{})}
 	if !o.machine {
 		close(s.ready)
-		s.key.Store(new([]byte))
+		close(s.keyed)
 	}
 	buffers := newBuffers()
 	s.workload = newWorkload(o, first, s.children, buffers)
@@ -99,7 +98,7 @@ func (s *server) converse(ctx context.Context, netConn net.Conn, waiting *list.E
 	defer s.queue.leave(waiting)
 	conn := wire.New(netConn, wire.MaxFrame)
 	_ = netConn.SetReadDeadline(time.Now().Add(requestLimit))
-	if !s.hasKey(netConn) {
+	if !s.hasKey(ctx, netConn) {
 		return
 	}
 	var request guestv1.Request
@@ -134,16 +133,19 @@ func (s *server) converse(ctx context.Context, netConn net.Conn, waiting *list.E
 	}
 }
 
-// hasKey reads the key that a connection begins with, and reports whether it is
-// the right one.
-func (s *server) hasKey(conn net.Conn) bool {
-	key := s.key.Load()
-	if key == nil {
+// hasKey reads the key that a connection begins with, once there is one, and
+// reports whether it is the right one.
+func (s *server) hasKey(ctx context.Context, conn net.Conn) bool {
+	select {
+	case <-s.keyed:
+	case <-time.After(requestLimit):
+		return false
+	case <-ctx.Done():
 		return false
 	}
-	given := make([]byte, len(*key))
+	given := make([]byte, len(s.key))
 	_, err := io.ReadFull(conn, given)
-	return err == nil && subtle.ConstantTimeCompare(given, *key) == 1
+	return err == nil && subtle.ConstantTimeCompare(given, s.key) == 1
 }
 
 // awaitReady returns once there is a sandbox, or an error if there will be none.

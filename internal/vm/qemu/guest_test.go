@@ -34,7 +34,6 @@ const bootLimit = 3 * time.Minute
 // files is what all guests here boot, and what they are run with.
 type files struct {
 	kernel, initrd string
-	modules        string // their names
 	options        qemu.Options
 }
 
@@ -52,11 +51,6 @@ var prepare = sync.OnceValues(func() (*files, error) {
 	if err != nil {
 		return nil, &sandbox.UnavailableError{Err: err, Cure: "make guest-kit"}
 	}
-	manifest, err := os.ReadFile(filepath.Join(kit, "guest.json"))
-	if err != nil {
-		return nil, err
-	}
-	f.modules = string(manifest)
 	dir, err := os.MkdirTemp("", "qemu-test-")
 	if err != nil {
 		return nil, err

@@ -50,9 +50,6 @@ func TestResetEndsMachineWithError(t *testing.T) {
 
 func TestPressPower(t *testing.T) {
 	t.Parallel()
-	if !strings.Contains(require(t).modules, `"button"`) {
-		t.Skip("the guest kit has no driver for the power button")
-	}
 	g := boot(t, nil)
 	if err := g.PressPower(t.Context()); err != nil {
 		t.Fatal(err)
