@@ -70,7 +70,11 @@ func (w *watchedStream) RecvMsg(m any) error {
 	if _, archive := m.(*agentv1.LoadImageRequest); !ok || archive {
 		return nil // the header is looked at where it is read
 	}
-	w.sandbox = cmp.Or(sandboxOf(m), w.sandbox)
+	// The first message says it; those after may be received by a goroutine that
+	// the handler does not wait for.
+	if name := sandboxOf(m); w.sandbox == "" && name != "" {
+		w.sandbox = name
+	}
 	return refuseUnknown(msg.ProtoReflect(), "")
 }
 
