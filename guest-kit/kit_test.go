@@ -152,7 +152,7 @@ func TestModulesComeAfterWhatTheyNeed(t *testing.T) {
 	}
 	for _, name := range []string{
 		"vsock", "vmw_vsock_virtio_transport", "vmw_vsock_virtio_transport_common", "virtio_blk", "erofs", "libcrc32c", "overlay",
-		"virtio_net", "net_failover", "virtio_rng", "virtio_balloon", "tcp_diag", "udp_diag", "tun", "button", "evdev", "unwanted",
+		"virtio_net", "net_failover", "virtio_rng", "virtio_balloon", "tcp_diag", "udp_diag", "tun", "unwanted",
 	} {
 		packed[name] = xz(t, object("license=GPL\x00depends="+needs[name]+"\x00name="+name+"\x00"))
 	}

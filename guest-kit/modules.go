@@ -19,7 +19,7 @@ var stages = []struct {
 }{
 	{"channel", []string{"vmw_vsock_virtio_transport"}},
 	{"root", []string{"virtio_blk", "erofs", "overlay", "virtio_net", "tcp_diag", "udp_diag"}},
-	{"later", []string{"virtio_rng", "virtio_balloon", "tun", "button", "evdev"}},
+	{"later", []string{"virtio_rng", "virtio_balloon", "tun"}},
 }
 
 // module is one that goes into the initramfs.

@@ -48,18 +48,6 @@ func TestResetEndsMachineWithError(t *testing.T) {
 	}
 }
 
-func TestPressPower(t *testing.T) {
-	t.Parallel()
-	g := boot(t, nil)
-	if err := g.PressPower(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := g.ends(t); err != nil {
-		t.Error(err)
-	}
-	g.console.awaits(t, "init: power button")
-}
-
 func TestConnections(t *testing.T) {
 	t.Parallel()
 	g := newGuest(t, func(c *vm.Config, _ *qemu.Options) { c.CPUs = 2 })
