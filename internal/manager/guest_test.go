@@ -327,11 +327,11 @@ func TestLeaseIsRecordedBeforeItIsBound(t *testing.T) {
 	spec.Ports = nil
 	h.create("web", spec)
 	recorded := false
-	h.m.cfg.OnStep = func(step string) {
+	h.onStep(func(step string) {
 		if step == "port:intent" {
 			recorded = len(h.m.forward.Leases("web")) == 1 && h.m.forward.Leases("web")[0].State == "reserved"
 		}
-	}
+	})
 	if _, err := h.m.AddPort(t.Context(), "web", port); err != nil || !recorded {
 		t.Errorf("%v; at the intent it was reserved and not bound: %v", err, recorded)
 	}
@@ -397,7 +397,7 @@ func TestPortThatIsTakenAtTheLastMomentIsReplaced(t *testing.T) {
 	h := newHost(t)
 	spec := service(t)
 	var thief net.Listener
-	h.m.cfg.OnStep = func(step string) {
+	h.onStep(func(step string) {
 		if step != "create:artefacts" || thief != nil {
 			return
 		}
@@ -406,7 +406,7 @@ func TestPortThatIsTakenAtTheLastMomentIsReplaced(t *testing.T) {
 		if thief, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", leased)); err != nil {
 			t.Error(err)
 		}
-	}
+	})
 	s := h.create("web", spec)
 	defer thief.Close()
 	if s.Endpoints[0].Address.String() == thief.Addr().String() {

@@ -34,7 +34,11 @@ type host struct {
 	store  *store.Store
 	cancel context.CancelFunc
 	ended  chan struct{}
+	step   atomic.Pointer[func(string)]
 }
+
+// onStep has f called at each step of an operation from now on; nil: nobody.
+func (h *host) onStep(f func(step string)) { h.step.Store(&f) }
 
 // newHost starts a manager on real child processes; edit may change its
 // configuration. At the end of the test everything is deleted, and nothing may
@@ -50,13 +54,18 @@ func newHost(t *testing.T, edit ...func(*Config)) *host {
 	// is restarted.
 	first := uint16(14000 + 10*hosts.Add(1))
 	h.cfg.Ports = forward.Config{First: first, Last: first + 9}
+	h.cfg.OnStep = func(step string) {
+		if f := h.step.Load(); f != nil && *f != nil {
+			(*f)(step)
+		}
+	}
 	for _, f := range edit {
 		f(&h.cfg)
 	}
 	h.start()
 	t.Cleanup(func() {
 		ctx := context.Background()
-		h.m.cfg.OnStep = nil
+		h.onStep(nil)
 		all, _, err := h.m.List(ctx, Selector{}, "", 10000)
 		for _, s := range all {
 			err = errors.Join(err, h.m.Delete(ctx, s.Name, 0, true, Request{}))

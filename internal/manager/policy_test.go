@@ -20,13 +20,13 @@ func TestFiftyStartsAtOnceAllSucceed(t *testing.T) {
 	h := newHost(t, func(c *Config) { c.MaxConcurrentBoots = 4 })
 	var most int
 	var mu sync.Mutex
-	h.m.cfg.OnStep = func(step string) {
+	h.onStep(func(step string) {
 		if step == "boot:launch" {
 			mu.Lock()
 			most = max(most, len(h.m.slots.taken))
 			mu.Unlock()
 		}
-	}
+	})
 	var callers sync.WaitGroup
 	for i := range 50 {
 		callers.Go(func() {

@@ -47,7 +47,10 @@ const (
 	powerOnLimit = 30 * time.Second
 	// powerOffLimit is how long a guest may take to switch itself off once its
 	// workload has ended and it has put its disks in order.
-	powerOffLimit = 10 * time.Second
+	powerOffLimit = 20 * time.Second
+	// lastWordLimit is how long it may take to read what a guest has sent by
+	// the time its machine is off.
+	lastWordLimit = 2 * time.Second
 )
 
 // RunShim is the main program of a shim, given what follows DriverConfig.Shim; it
@@ -104,11 +107,13 @@ type life struct {
 	output [2]*io.PipeWriter
 	// ended is sent what guestd says of the end, once.
 	ended chan *guestv1.Ended
+	// heard is closed once guestd has nothing more to say.
+	heard chan struct{}
 }
 
 // begin brings a new life to where its processors run.
 func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) error {
-	l.ended = make(chan *guestv1.Ended, 1)
+	l.ended, l.heard = make(chan *guestv1.Ended, 1), make(chan struct{})
 	l.key = make([]byte, keyBytes)
 	_, _ = rand.Read(l.key) // never fails, see crypto/rand
 	// Names of sockets are relative: paths of any length would not do.
@@ -154,7 +159,10 @@ func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) 
 		l.output[i] = writer
 		l.tasks.Go(func() { l.Log.Copy(reader, i == 1) })
 	}
-	l.tasks.Go(func() { l.answerGuest(calls) })
+	l.tasks.Go(func() {
+		defer close(l.heard)
+		l.answerGuest(calls)
+	})
 	l.tasks.Go(l.takeOrders)
 	ctx, cancel := context.WithTimeout(context.Background(), powerOnLimit)
 	defer cancel()
@@ -254,10 +262,7 @@ func (l *life) supervise() shim.End {
 			detail = "it did not stop within its grace, and was killed"
 			l.kill()
 		case ended := <-l.ended:
-			return l.waited(shim.End{
-				FinishedAt: time.Now(), ExitCode: int(ended.GetCode()) & 0xff,
-				OOMKilled: ended.GetOomKilled(), Detail: printable(ended.GetMessage()),
-			})
+			return l.waited(endOf(ended))
 		case <-l.machine.Done():
 			return l.fell(detail)
 		}
@@ -299,17 +304,30 @@ func (l *life) waited(end shim.End) shim.End {
 	return end
 }
 
-// fell is the end of a machine that went without a word of guestd's.
+// fell is the end of a machine that went before its guestd was heard to say so,
+// or without a word.
 func (l *life) fell(detail string) shim.End {
 	select {
-	case ended := <-l.ended: // it came at the same moment
-		return shim.End{ExitCode: int(ended.GetCode()) & 0xff, OOMKilled: ended.GetOomKilled(), Detail: printable(ended.GetMessage())}
+	case <-l.heard:
+	case <-time.After(lastWordLimit):
+	}
+	select {
+	case ended := <-l.ended:
+		return endOf(ended)
 	default:
 	}
 	if err := l.machine.Err(); err != nil {
 		detail = printable(err.Error())
 	}
 	return shim.End{ExitCode: 128 + int(syscall.SIGKILL), Detail: detail}
+}
+
+// endOf is the end that guestd tells of.
+func endOf(ended *guestv1.Ended) shim.End {
+	return shim.End{
+		FinishedAt: time.Now(), ExitCode: int(ended.GetCode()) & 0xff,
+		OOMKilled: ended.GetOomKilled(), Detail: printable(ended.GetMessage()),
+	}
 }
 
 // release gives back all that the life had, and returns once nothing of it is

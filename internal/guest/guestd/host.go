@@ -119,5 +119,6 @@ func (h *host) farewell(ended *guestv1.Ended) {
 	}
 }
 
-// heardLimit is how long a shim may take to close, should it not do so at once.
-const heardLimit = time.Second
+// heardLimit is how long a shim may take to hear it. On a busy host it takes a
+// while, and what it has not heard by the time the machine is off may be lost.
+const heardLimit = 10 * time.Second

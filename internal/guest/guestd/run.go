@@ -13,9 +13,11 @@ import (
 	"runtime"
 	"runtime/debug"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/choiros/agent/internal/guest/machine"
 	"github.com/choiros/agent/internal/version"
 )
 
@@ -132,6 +134,7 @@ func run(o options, first bool) (int, error) {
 	if o.machine {
 		return runMachine(ctx, o, first, signals)
 	}
+	kills := oomKills()
 	s := newServer(o, first)
 	if err := s.open(ctx, o, false); err != nil {
 		return exitFault, err
@@ -144,6 +147,8 @@ func run(o options, first bool) (int, error) {
 			}
 			if !first {
 				s.children.killAll()
+			} else if e.code == exitSignalBase+int(unix.SIGKILL) && oomKills() > kills {
+				time.Sleep(oomLinger)
 			}
 			return e.code, e.err
 		case sig := <-signals:
@@ -153,6 +158,21 @@ func run(o options, first bool) (int, error) {
 			}
 		}
 	}
+}
+
+// oomLinger is for how long a container outlives its workload that was killed
+// for want of memory: its monitor (conmon) learns of that from a file that goes
+// with the container's last process, and only then can Podman say why it ended.
+const oomLinger = time.Second
+
+// oomKills is how many processes of the container the kernel has killed for
+// want of memory; 0 where that cannot be told.
+func oomKills() uint64 {
+	text, err := os.ReadFile("/sys/fs/cgroup/memory.events")
+	if err != nil {
+		return 0
+	}
+	return machine.ParseOOMKills(string(text))
 }
 
 // open listens, and serves until ctx ends.

@@ -136,5 +136,5 @@ func OOMKills() uint64 {
 	if err != nil {
 		return 0
 	}
-	return parseOOMKills(string(text))
+	return ParseOOMKills(string(text))
 }

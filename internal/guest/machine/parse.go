@@ -11,8 +11,9 @@ import (
 	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
 )
 
-// parseOOMKills finds the counter in /proc/vmstat; 0 if it is not there.
-func parseOOMKills(vmstat string) uint64 {
+// ParseOOMKills finds the counter of processes killed for want of memory in
+// /proc/vmstat, or in a control group's memory.events; 0 if it is not there.
+func ParseOOMKills(vmstat string) uint64 {
 	for line := range strings.Lines(vmstat) {
 		if value, ok := strings.CutPrefix(line, "oom_kill "); ok {
 			n, _ := strconv.ParseUint(strings.TrimSpace(value), 10, 64)

@@ -60,7 +60,7 @@ func TestOOMKillsAreFound(t *testing.T) {
 	for text, want := range map[string]uint64{
 		"nr_free 3\noom_kill 7\nx 1\n": 7, "oom_killer 9\n": 0, "": 0, "oom_kill x\n": 0, "oom_kill 12": 12,
 	} {
-		if got := parseOOMKills(text); got != want {
+		if got := ParseOOMKills(text); got != want {
 			t.Errorf("%q: %d, want %d", text, got, want)
 		}
 	}
