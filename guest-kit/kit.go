@@ -15,6 +15,7 @@ import (
 // Names of the kit's files.
 const (
 	kernelFile    = "kernel"
+	vmlinuxFile   = "vmlinux"
 	initramfsFile = "initramfs"
 	manifestFile  = "guest.json"
 )
@@ -26,6 +27,7 @@ const cmdline = "console=hvc0 quiet panic=-1 cryptomgr.notests"
 type manifest struct {
 	Arch          string            `json:"arch"`
 	Kernel        string            `json:"kernel"`
+	Vmlinux       string            `json:"vmlinux,omitempty"`
 	Initrd        string            `json:"initrd"`
 	Cmdline       string            `json:"cmdline"`
 	KernelVersion string            `json:"kernel_version"`
@@ -39,6 +41,7 @@ type manifest struct {
 // kit is what is built.
 type kit struct {
 	kernel, initramfs []byte
+	vmlinux           []byte // nil: there is none
 	manifest          manifest
 }
 
@@ -78,6 +81,12 @@ func assemble(ctx context.Context, arch string, from deb, guestd []byte) (*kit, 
 		Packages: map[string]string{from.Package: from.Version},
 		Contents: map[string]int{},
 	}
+	if arch == "amd64" {
+		if k.vmlinux, err = vmlinux(kernel); err != nil {
+			return nil, fmt.Errorf("%s: %w", from.Package, err)
+		}
+		k.manifest.Vmlinux, k.manifest.SHA256[vmlinuxFile] = vmlinuxFile, sumBytes(k.vmlinux)
+	}
 	for _, m := range modules {
 		k.manifest.Modules = append(k.manifest.Modules, m.name)
 	}
@@ -101,7 +110,10 @@ func (k *kit) write(dir string) error {
 	for _, file := range []struct {
 		name    string
 		content []byte
-	}{{kernelFile, k.kernel}, {initramfsFile, k.initramfs}, {manifestFile, append(text, '\n')}} {
+	}{{kernelFile, k.kernel}, {vmlinuxFile, k.vmlinux}, {initramfsFile, k.initramfs}, {manifestFile, append(text, '\n')}} {
+		if file.content == nil {
+			continue
+		}
 		path := filepath.Join(dir, file.name)
 		if err := os.WriteFile(path+".new", file.content, 0o644); err != nil {
 			return err

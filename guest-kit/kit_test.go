@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/klauspost/compress/zstd"
 )
 
 // image is an arm64 kernel, as far as it is looked at.
@@ -72,6 +74,83 @@ func TestKernelsAreUnpackedForHypervisors(t *testing.T) {
 	if _, err := bootable("amd64", bzImage); err != nil {
 		t.Error(err)
 	}
+}
+
+// pvhKernel is an ELF file with one note, of Xen's with that number.
+func pvhKernel(number uint32) []byte {
+	file := make([]byte, 64+56)
+	copy(file, "\x7fELF\x02\x01\x01")
+	little := binary.LittleEndian
+	little.PutUint16(file[16:], 2)    // ET_EXEC
+	little.PutUint16(file[18:], 0x3e) // EM_X86_64
+	little.PutUint32(file[20:], 1)
+	little.PutUint64(file[32:], 64) // of the program headers
+	little.PutUint16(file[52:], 64)
+	little.PutUint16(file[54:], 56)
+	little.PutUint16(file[56:], 1)
+	little.PutUint32(file[64:], 4) // PT_NOTE
+	little.PutUint64(file[64+8:], 64+56)
+	other := append(little.AppendUint32(little.AppendUint32(little.AppendUint32(nil, 6), 1), 9), "Linux\x00\x00\x00x\x00\x00\x00"...)
+	ours := append(little.AppendUint32(little.AppendUint32(little.AppendUint32(nil, 4), 4), number), "Xen\x00\x00\x00\x00\x01"...)
+	notes := append(other, ours...)
+	little.PutUint64(file[64+32:], uint64(len(notes)))
+	return append(file, notes...)
+}
+
+// bzImageOf is a bzImage that has a payload which unpacks to size bytes.
+func bzImageOf(payload []byte, size int) []byte {
+	header := make([]byte, 1024)
+	copy(header[0x202:], "HdrS")
+	header[0x1f1] = 1
+	binary.LittleEndian.PutUint16(header[0x206:], 0x20f)
+	binary.LittleEndian.PutUint32(header[0x248:], 0)
+	binary.LittleEndian.PutUint32(header[0x24c:], uint32(len(payload)+4))
+	return append(binary.LittleEndian.AppendUint32(append(header, payload...), uint32(size)), "padding"...)
+}
+
+func zstandard(t *testing.T, content []byte) []byte {
+	t.Helper()
+	encoder, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer encoder.Close()
+	return encoder.EncodeAll(content, nil)
+}
+
+func TestVmlinuxIsFoundInBzImages(t *testing.T) {
+	t.Parallel()
+	kernel := pvhKernel(pvhNote)
+	for what, packed := range map[string][]byte{"gzip": gzipped(t, kernel), "zstd": zstandard(t, kernel)} {
+		if got, err := vmlinux(bzImageOf(packed, len(kernel))); err != nil || !bytes.Equal(got, kernel) {
+			t.Errorf("%s: %d bytes, %v", what, len(got), err)
+		}
+	}
+	packed := gzipped(t, kernel)
+	old := bzImageOf(packed, len(kernel))
+	old[0x206], old[0x207] = 7, 2
+	for what, image := range map[string][]byte{
+		"nothing": nil, "an old one": old, "truncated": bzImageOf(packed, len(kernel))[:1100], "no payload": bzImageOf(nil, 0),
+		"half": bzImageOf(packed[:len(packed)/2], len(kernel)), "longer than it says": bzImageOf(packed, len(kernel)+1),
+		"a bomb": bzImageOf(packed, maxKernel+1), "lzma": bzImageOf([]byte("\x5d\x00\x00\x80"), 100),
+		"no ELF file": bzImageOf(gzipped(t, []byte("hello")), 5), "no entry": bzImageOf(gzipped(t, pvhKernel(17)), len(pvhKernel(17))),
+	} {
+		if _, err := vmlinux(image); err == nil {
+			t.Errorf("%s: no error", what)
+		}
+	}
+}
+
+func FuzzVmlinux(f *testing.F) {
+	f.Add(bzImageOf([]byte("\x1f\x8b"), 2), true)
+	f.Add(pvhKernel(pvhNote), false)
+	f.Fuzz(func(_ *testing.T, kernel []byte, packed bool) {
+		if packed {
+			_, _ = vmlinux(kernel)
+		} else {
+			_ = checkPVH(kernel)
+		}
+	})
 }
 
 func FuzzArm64Image(f *testing.F) {

@@ -24,6 +24,7 @@ const maxBundleFile = 1 << 20
 type bundle struct {
 	Arch          string       `json:"arch"`
 	Kernel        string       `json:"kernel"`
+	Vmlinux       string       `json:"vmlinux,omitempty"`
 	Initrd        string       `json:"initrd"`
 	Cmdline       string       `json:"cmdline"`
 	KernelVersion string       `json:"kernel_version"`
@@ -62,8 +63,10 @@ func readBundle(dir, arch string) (bundle, error) {
 		return b, fmt.Errorf("%s: kernel: it names none", file.Name())
 	}
 	names := []*string{&b.Kernel}
-	if b.Initrd != "" {
-		names = append(names, &b.Initrd)
+	for _, optional := range []*string{&b.Vmlinux, &b.Initrd} {
+		if *optional != "" {
+			names = append(names, optional)
+		}
 	}
 	for i := range b.Disks {
 		names = append(names, &b.Disks[i].File)

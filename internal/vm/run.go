@@ -173,7 +173,7 @@ func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) 
 func (l *life) config() (Config, error) {
 	c := Config{
 		Dir: l.Box.Path(machineDir), Arch: l.boot.Arch, CPUs: l.plan.CPUs, MemoryMiB: l.plan.MemoryMiB,
-		Kernel: l.boot.Kernel, Initrd: l.boot.Initrd, Cmdline: l.boot.Cmdline, Console: l.console.theirs,
+		Kernel: l.boot.Kernel, Vmlinux: l.boot.Vmlinux, Initrd: l.boot.Initrd, Cmdline: l.boot.Cmdline, Console: l.console.theirs,
 		ShareUID: l.plan.Owner.UID, ShareGID: l.plan.Owner.GID,
 	}
 	if image := l.plan.Image; image != nil {

@@ -41,7 +41,7 @@ const limit = 3 * time.Minute
 
 // kit is the guest kit, and what it is run with.
 type kit struct {
-	kernel, initrd, cmdline string
+	kernel, vmlinux, initrd, cmdline string
 	options                 qemu.Options
 	workload                []byte // test/workload
 }
@@ -62,13 +62,13 @@ var prepare = sync.OnceValues(func() (*kit, error) {
 	if err != nil {
 		return nil, &sandbox.UnavailableError{Err: err, Cure: "make guest-kit"}
 	}
-	var manifest struct{ Kernel, Initrd, Cmdline string }
+	var manifest struct{ Kernel, Vmlinux, Initrd, Cmdline string }
 	if err := json.Unmarshal(text, &manifest); err != nil {
 		return nil, err
 	}
 	binary, err := testimage.Binary(context.Background())
 	return &kit{
-		kernel: filepath.Join(dir, manifest.Kernel), initrd: filepath.Join(dir, manifest.Initrd),
+		kernel: filepath.Join(dir, manifest.Kernel), vmlinux: filepath.Join(dir, manifest.Vmlinux), initrd: filepath.Join(dir, manifest.Initrd),
 		cmdline: manifest.Cmdline, options: qemu.Options{Accelerator: report.Accelerator}, workload: binary,
 	}, err
 })
@@ -113,7 +113,7 @@ func newSetup(t testing.TB, files map[string]string, args ...string) *setup {
 	s := &setup{TB: t, dir: dir}
 	s.config = vm.Config{
 		Arch: runtime.GOARCH, CPUs: 1, MemoryMiB: 256,
-		Kernel: k.kernel, Initrd: k.initrd, Cmdline: k.cmdline,
+		Kernel: k.kernel, Vmlinux: k.vmlinux, Initrd: k.initrd, Cmdline: k.cmdline,
 		Disks: []vm.Disk{{Serial: imageSerial, Path: erofs(t, dir, k.workload, files), ReadOnly: true}},
 	}
 	s.plan = &guestv1.Machine{

@@ -88,7 +88,7 @@ func (p plan) arguments() []string {
 			"-object", fmt.Sprintf("memory-backend-memfd,id=%s,size=%dM,share=on", memoryID, c.MemoryMiB))
 	}
 	args = append(args, "-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", p.fds.qmp), "-mon", "chardev=qmp,mode=control",
-		"-kernel", c.Kernel, "-append", c.Cmdline)
+		"-kernel", kernelOf(c), "-append", c.Cmdline)
 	if c.Initrd != "" {
 		args = append(args, "-initrd", c.Initrd)
 	}

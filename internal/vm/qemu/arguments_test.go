@@ -30,7 +30,7 @@ func TestArguments(t *testing.T) {
 	full.Disks = []vm.Disk{{Serial: "image", Path: "/images/a,b \"c\"", ReadOnly: true}, {Serial: "layer", Path: "layer.img"}}
 	full.Shares = []vm.Share{{Tag: "work", Path: "/home/me/work"}, {Tag: "ref", Path: "/srv/ref", ReadOnly: true}}
 	full.Network, full.MAC = os.Stdin, net.HardwareAddr{0x52, 0x54, 0, 1, 2, 3}
-	full.Console = os.Stdin
+	full.Console, full.Vmlinux = os.Stdin, "vmlinux"
 	restored := base("amd64")
 	restored.Restore = "state"
 	for name, p := range map[string]plan{

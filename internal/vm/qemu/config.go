@@ -4,6 +4,7 @@ package qemu
 
 import (
 	"bytes"
+	"debug/elf"
 	"errors"
 	"fmt"
 	"io"
@@ -92,10 +93,14 @@ func readable(c vm.Config, what, path string) error {
 // anything, and the guest be silent.
 func checkKernel(c vm.Config) error {
 	offset, mark, form := int64(0x202), "HdrS", "a bzImage" // Documentation/arch/x86/boot.rst
-	if c.Arch == "arm64" {
+	switch {
+	case c.Arch == "arm64":
 		offset, mark, form = 56, "ARM\x64", "an uncompressed Image" // Documentation/arch/arm64/booting.rst
+	case c.Vmlinux != "":
+		offset, mark, form = 0, elf.ELFMAG, "an ELF file"
 	}
-	file, err := os.Open(inDir(c, c.Kernel))
+	kernel := kernelOf(c)
+	file, err := os.Open(inDir(c, kernel))
 	if err != nil {
 		return fmt.Errorf("kernel: %w", err)
 	}
@@ -105,7 +110,15 @@ func checkKernel(c vm.Config) error {
 		return fmt.Errorf("kernel: %w", err)
 	}
 	if !bytes.Equal(found, []byte(mark)) {
-		return fmt.Errorf("kernel %s is not %s for %s", c.Kernel, form, c.Arch)
+		return fmt.Errorf("kernel %s is not %s for %s", kernel, form, c.Arch)
 	}
 	return nil
+}
+
+// kernelOf is the kernel that QEMU starts.
+func kernelOf(c vm.Config) string {
+	if c.Arch == "amd64" && c.Vmlinux != "" {
+		return c.Vmlinux
+	}
+	return c.Kernel
 }

@@ -131,6 +131,7 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 	}
 	for want, change := range map[string]func(*vm.Config, *qemu.Options){
 		"is not a bzImage for amd64":             func(c *vm.Config, _ *qemu.Options) { c.Kernel = noKernel },
+		"file is not an ELF file for amd64":      func(c *vm.Config, _ *qemu.Options) { c.Vmlinux = noKernel },
 		"kernel: open /nowhere":                  func(c *vm.Config, _ *qemu.Options) { c.Kernel = "/nowhere" },
 		"disk a: open /nowhere":                  func(c *vm.Config, _ *qemu.Options) { c.Disks = []vm.Disk{{Serial: "a", Path: "/nowhere"}} },
 		`disk serial "a,b"`:                      func(c *vm.Config, _ *qemu.Options) { c.Disks = []vm.Disk{{Serial: "a,b", Path: noKernel}} },
