@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -145,6 +146,9 @@ func (s *Shim) Fail(err error) {
 // Finish writes down how the life ended; the process is to exit next. Its
 // FinishedAt is now, unless it says another time.
 func (s *Shim) Finish(end End) error {
+	// Nothing else needs s once the record is being written, and the garbage
+	// collector would close what it holds: a life that seems over, and left no word.
+	defer runtime.KeepAlive(s)
 	if end.FinishedAt.IsZero() {
 		end.FinishedAt = time.Now()
 	}
