@@ -26,7 +26,7 @@ func drivers(cfg Config, owner string, log *slog.Logger) (map[string]sandbox.Dri
 		return nil, err
 	}
 	all := map[string]sandbox.Driver{"podman": podman}
-	return all, addMachines(all, cfg, shimCommand)
+	return all, addMachines(all, cfg, owner, shimCommand)
 }
 
 // names lists drivers for people.

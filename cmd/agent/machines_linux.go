@@ -25,7 +25,7 @@ const kitName = "guest-kit"
 
 // addMachines adds the driver of virtual machines. args makes this program a
 // shim, before the accelerator.
-func addMachines(all map[string]sandbox.Driver, cfg Config, args ...string) error {
+func addMachines(all map[string]sandbox.Driver, cfg Config, owner string, args ...string) error {
 	images, err := image.Open(filepath.Join(cfg.StateDir, "images"))
 	if err != nil {
 		return err
@@ -40,12 +40,22 @@ func addMachines(all map[string]sandbox.Driver, cfg Config, args ...string) erro
 	driver, err := vm.New(vm.DriverConfig{
 		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: kit, Arch: runtime.GOARCH,
 		Shim: append(args, cfg.VM.Accelerator), Env: shimEnvironment(os.Environ()), Probe: host.probe,
+		KeyDir: keyDir(os.Getenv("XDG_RUNTIME_DIR"), owner),
 	})
 	if err != nil {
 		return err
 	}
 	all["vm"] = driver
 	return nil
+}
+
+// keyDir is where the keys of memories that were saved are: with the host's
+// restart, or the end of the user's last session, they go.
+func keyDir(runtimeDir, owner string) string {
+	if runtimeDir == "" {
+		return ""
+	}
+	return filepath.Join(runtimeDir, "choiros-agent", "keys", owner)
 }
 
 // shimEnvironment is what a shim, and what it starts, is to know of the

@@ -121,6 +121,16 @@ func (g *Guest) Configure(ctx context.Context, c Configuration) error {
 	return err
 }
 
+// Rejoin tells the guest of a machine whose memory was restored which boot this
+// is now. The workload runs on; of one that does not run: an error that wraps
+// sandbox.ErrState.
+func (g *Guest) Rejoin(ctx context.Context, generation uint64, entropy []byte) error {
+	_, err := g.ask(ctx, "rejoin", &guestv1.Request{Call: &guestv1.Request_Rejoin{Rejoin: &guestv1.Rejoin{
+		Generation: generation, Entropy: entropy, Time: timestamppb.Now(),
+	}}})
+	return err
+}
+
 // UpdateSecrets replaces secrets and returns, once guestd has acknowledged it,
 // the names of those whose values are new. If there are any, or always is set,
 // the workload is sent the signal, unless that is zero.

@@ -131,6 +131,9 @@ type Observation struct {
 	OOMKilled  bool
 	// Paused: it runs and is halted; see Pauser.
 	Paused bool
+	// Saved: it does not run, and its next life goes on from the memory that
+	// the last one had; see Hibernator.
+	Saved bool
 	// Detail is what the backend says beyond that, for people; may be empty.
 	Detail string
 }
@@ -191,6 +194,19 @@ type Pauser interface {
 	Resume(ctx context.Context, ref Ref) error
 }
 
+// Hibernator is implemented by drivers that can end a sandbox and keep what is
+// in its memory, so that its next life goes on from there.
+type Hibernator interface {
+	// Hibernate saves the memory of a sandbox that runs, and ends its life;
+	// Inspect says Saved then. What was saved is sealed, used by one Start at
+	// most, and gone before anything runs from it; if anything that it depends
+	// on was changed, or it cannot be restored, that Start boots as ever. Stop
+	// discards it. On an error the sandbox runs on, or has ended as Inspect
+	// says. Of one that does not run: as Pause of Pauser; of one whose memory
+	// cannot be saved: an error that wraps ErrUnsupported.
+	Hibernate(ctx context.Context, ref Ref) error
+}
+
 // Console is implemented by drivers whose sandboxes have a console of their
 // own, beside what the workload prints.
 type Console interface {
@@ -239,7 +255,7 @@ type Image struct {
 }
 
 // Abilities names what a driver can do beyond the basics, found by type
-// assertion: some of "console", "egress", "images", "logs", "pause", "resize".
+// assertion: some of "console", "egress", "hibernate", "images", "logs", "pause", "resize".
 func Abilities(d Driver) []string {
 	var names []string
 	if _, ok := d.(Console); ok {
@@ -247,6 +263,9 @@ func Abilities(d Driver) []string {
 	}
 	if _, ok := d.(EgressPolicer); ok {
 		names = append(names, "egress")
+	}
+	if _, ok := d.(Hibernator); ok {
+		names = append(names, "hibernate")
 	}
 	if _, ok := d.(ImageStore); ok {
 		names = append(names, "images")

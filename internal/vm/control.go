@@ -33,6 +33,8 @@ const orderLimit = 10 * time.Second
 type order struct {
 	Op   string `json:"op"`
 	Port uint32 `json:"port,omitempty"` // of dial
+	// KeyFile is of hibernate: where the key of what is saved is to be.
+	KeyFile string `json:"key_file,omitempty"`
 	// Egress is of set-egress.
 	Egress *sandbox.Egress `json:"egress,omitempty"`
 }
@@ -41,6 +43,7 @@ type order struct {
 const (
 	opDial      = "dial"
 	opConsole   = "console"
+	opHibernate = "hibernate"
 	opPause     = "pause"
 	opResume    = "resume"
 	opSetEgress = "set-egress"
@@ -53,6 +56,7 @@ const (
 	answerPassed   = 'p' // with the connection's descriptor
 	answerDone     = 'd' // what follows, to the end, is the result as JSON
 	answerNobody   = 'n' // nothing listens there
+	answerCannot   = 'c' // what follows, to the end, is why that can never be done
 	answerFailed   = 'e' // what follows, to the end, is why
 	maxAnswerBytes = 1 << 20
 )
@@ -118,6 +122,9 @@ func ask(conn *net.UnixConn, o order) (net.Conn, error) {
 	text, err := io.ReadAll(io.LimitReader(conn, maxAnswerBytes))
 	if err != nil {
 		return nil, shimGone(err)
+	}
+	if first[0] == answerCannot {
+		return nil, fmt.Errorf("%w: %s", sandbox.ErrUnsupported, text)
 	}
 	return nil, errors.New(string(text))
 }
@@ -198,5 +205,9 @@ func answerError(conn *net.UnixConn, err error) {
 		_, _ = conn.Write([]byte{answerNobody})
 		return
 	}
-	_, _ = conn.Write(append([]byte{answerFailed}, err.Error()...))
+	what := byte(answerFailed)
+	if errors.Is(err, ErrCannotSave) {
+		what = answerCannot
+	}
+	_, _ = conn.Write(append([]byte{what}, err.Error()...))
 }

@@ -29,6 +29,10 @@ type DriverConfig struct {
 	Shim []string
 	// Env is the environment of shims.
 	Env []string
+	// KeyDir is a folder on a tmpfs, made when first needed, for the keys of
+	// memories that were saved; empty, or on a disk: none can be where the
+	// hypervisor does not seal by itself.
+	KeyDir string
 	// Probe says whether machines work on this host.
 	Probe func(ctx context.Context) (sandbox.Report, error)
 }
@@ -44,6 +48,7 @@ var (
 	_ sandbox.Resizer       = (*Driver)(nil)
 	_ sandbox.ImageStore    = (*Driver)(nil)
 	_ sandbox.Pauser        = (*Driver)(nil)
+	_ sandbox.Hibernator    = (*Driver)(nil)
 	_ sandbox.Console       = (*Driver)(nil)
 	_ sandbox.EgressPolicer = (*Driver)(nil)
 )

@@ -1,12 +1,14 @@
 package vm
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"time"
 	"unicode"
 
@@ -18,43 +20,75 @@ import (
 // awakeLimit is how long a guest that has connected may take to say who it is.
 const awakeLimit = 10 * time.Second
 
-// answerGuest waits for guestd's one connection and serves it until it ends.
-// Whoever connects after that is sent away: it is not guestd.
+// maxCallers bounds who may call at a time; all but one are not guestd.
+const maxCallers = 16
+
+// answerGuest answers whoever calls until the machine ends, and returns once
+// all that was sent by then was heard.
 func (l *life) answerGuest(calls net.Listener) {
-	raw, err := calls.Accept()
-	if err != nil {
-		return // the machine has ended
-	}
-	go func() {
-		for {
-			stranger, err := calls.Accept()
-			if err != nil {
-				return
-			}
-			stranger.Close()
+	var callers sync.WaitGroup
+	defer callers.Wait()
+	turns := make(chan struct{}, maxCallers)
+	for {
+		raw, err := calls.Accept()
+		if err != nil {
+			return // the machine has ended
 		}
-	}()
-	conn := wire.New(raw, wire.MaxFromGuest)
+		select {
+		case turns <- struct{}{}:
+		default:
+			raw.Close()
+			continue
+		}
+		callers.Go(func() {
+			defer func() { <-turns }()
+			l.answer(wire.New(raw, wire.MaxFromGuest))
+		})
+	}
+}
+
+// answer serves guestd's connection until it ends, and closes anybody else's.
+func (l *life) answer(conn *wire.Conn) {
 	defer conn.Close()
 	if err := l.greet(conn); err != nil {
 		fmt.Fprintln(os.Stderr, "greet the guest:", err)
 		return
 	}
-	_ = l.hear(conn) // a guest that hangs up: the machine will tell how it ends
+	select {
+	case l.called <- struct{}{}:
+	default:
+	}
+	_ = l.hear(conn) // a guest that hangs up: it calls again, or the machine will tell how it ends
 }
 
-// greet tells guestd what the machine is to become.
+// greet tells guestd what the machine is to become, or, if it calls again, what
+// key it has now. The first to call is guestd, since nothing else runs yet;
+// after that it has to show that it is.
 func (l *life) greet(conn *wire.Conn) error {
 	_ = conn.NetConn().SetDeadline(time.Now().Add(awakeLimit))
 	var awake guestv1.Awake
 	if err := conn.ReceiveMessage(&awake); err != nil {
 		return err
 	}
-	if err := conn.Send(l.message()); err != nil {
+	before := l.guest.Load()
+	again := before != nil || l.savedKey != nil
+	if again && !l.knows(awake.GetKey()) {
+		return errors.New("it does not know the machine's key")
+	}
+	answer := &guestv1.Machine{Protocol: wire.Protocol, Key: l.key}
+	if !again {
+		answer = l.message()
+	}
+	if err := conn.Send(answer); err != nil {
 		return err
 	}
 	_ = conn.NetConn().SetDeadline(time.Time{})
-	l.guest.Store(conn)
+	if !l.guest.CompareAndSwap(before, conn) {
+		return errors.New("another called meanwhile")
+	}
+	if before != nil {
+		before.Close()
+	}
 	return nil
 }
 
@@ -79,8 +113,17 @@ func (l *life) hear(conn *wire.Conn) error {
 			if err := wire.Decode(payload, &note); err != nil {
 				return err
 			}
+			if note.GetHeld() {
+				select {
+				case l.held <- struct{}{}:
+				default:
+				}
+			}
 			if ended := note.GetEnded(); ended != nil {
-				l.ended <- ended
+				select {
+				case l.ended <- ended:
+				default: // it has said so before
+				}
 				return nil
 			}
 		default:

@@ -40,8 +40,12 @@ type Machine interface {
 	Resume(ctx context.Context) error
 
 	// Save writes the state of a paused machine, its memory above all, to a
-	// file that is not there yet. Disks are no part of it. On an error there is no file.
-	Save(ctx context.Context, path string) error
+	// file that is not there yet. Disks are no part of it. The memory holds
+	// secrets, so the file is sealed, and key opens it; it is empty where the
+	// hypervisor seals with a key that never leaves the host, as
+	// Virtualization.framework does. On an error there is no file, and the
+	// machine is paused as before.
+	Save(ctx context.Context, path string) (key []byte, err error)
 
 	// Dial opens a byte stream to a vsock port inside. The caller closes the
 	// connection, which has CloseWrite; ctx ends only the dialling. Where it
@@ -98,8 +102,9 @@ type Config struct {
 	// reading and writing; nil: to nothing. It stays the caller's.
 	Console *os.File
 
-	// Restore is a file that Save wrote; empty: a cold boot.
-	Restore string
+	// Restore is a file that Save wrote, RestoreKey its key; empty: a cold boot.
+	Restore    string
+	RestoreKey []byte
 }
 
 // Disk is a block device.

@@ -65,6 +65,8 @@ func (l *life) do(o order) (any, error) {
 	switch o.Op {
 	case opPause, opResume:
 		return nil, l.setPaused(o.Op == opPause)
+	case opHibernate:
+		return nil, l.hibernate(o.KeyFile)
 	case opSetEgress:
 		if l.network == nil || o.Egress == nil {
 			return nil, errors.New("the machine has no network")
@@ -96,17 +98,26 @@ func (l *life) setPaused(paused bool) error {
 	if l.paused == paused {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), pauseLimit)
-	defer cancel()
-	change := l.machine.Resume
-	if paused {
-		change = l.machine.Pause
-	}
-	if err := change(ctx); err != nil {
+	if err := l.halt(paused); err != nil {
 		return err
 	}
 	l.paused = paused
 	return l.SetPaused(paused)
+}
+
+// halt stops the machine's processors, or lets them go on. Its caller holds
+// changing.
+func (l *life) halt(halted bool) error {
+	if l.asleep {
+		return errors.New("the machine was saved, and is ending")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), pauseLimit)
+	defer cancel()
+	change := l.machine.Resume
+	if halted {
+		change = l.machine.Pause
+	}
+	return change(ctx)
 }
 
 // dial connects to a port inside and passes the connection on: itself if it is

@@ -95,14 +95,23 @@ type life struct {
 	control net.Listener
 	tasks   sync.WaitGroup
 
-	// changing is held while the machine is paused or resumed.
+	// changing is held while the machine is paused, resumed or saved.
 	changing sync.Mutex
 	paused   bool
+	asleep   bool // its memory was saved, and its life is over
 
-	// key is what lets this shim, and nobody else, speak to guestd.
-	key []byte
+	// key is what lets this shim, and nobody else, speak to guestd; savedKey is
+	// the SHA-256 of that of the life that this one goes on from, if it does.
+	key, savedKey []byte
 	// guest is guestd's own connection, once it has said that it is awake.
-	guest atomic.Pointer[wire.Conn]
+	guest   atomic.Pointer[wire.Conn]
+	sending sync.Mutex
+	// called is sent to whenever guestd has called, if nobody was told yet.
+	called chan struct{}
+	// held is sent what guestd says when it is still.
+	held chan struct{}
+	// slept is sent the file of the key once the memory was saved.
+	slept chan string
 	// output are the two streams of what the workload prints.
 	output [2]*io.PipeWriter
 	// ended is sent what guestd says of the end, once.
@@ -113,7 +122,8 @@ type life struct {
 
 // begin brings a new life to where its processors run.
 func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) error {
-	l.ended, l.heard = make(chan *guestv1.Ended, 1), make(chan struct{})
+	l.ended, l.slept = make(chan *guestv1.Ended, 1), make(chan string, 1)
+	l.called, l.held = make(chan struct{}, 1), make(chan struct{}, 1)
 	l.key = make([]byte, keyBytes)
 	_, _ = rand.Read(l.key) // never fails, see crypto/rand
 	// Names of sockets are relative: paths of any length would not do.
@@ -130,19 +140,64 @@ func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) 
 	} else if !found {
 		return errors.New("nothing says what to boot")
 	}
+	var err error
+	if l.console, err = openConsole(l.Box.Path(consoleFile)); err != nil {
+		return err
+	}
+	for i := range l.output {
+		reader, writer := io.Pipe()
+		l.output[i] = writer
+		l.tasks.Go(func() { l.Log.Copy(reader, i == 1) })
+	}
+	if err := l.powerOn(newMachine); err != nil {
+		return err
+	}
+	if l.control, err = listenControl(); err != nil {
+		return err
+	}
+	l.tasks.Go(l.takeOrders)
+	return nil
+}
+
+// powerOn has the machine go on from what was saved, or boots it, also if the
+// former fails: what was saved is tried once.
+func (l *life) powerOn(newMachine func(context.Context, Config) (Machine, error)) error {
+	key, found := l.takeSaved()
+	if found {
+		err := l.switchOn(newMachine, l.Box.Path(savedFile), key)
+		if err := discardSaved(l.Box); err != nil {
+			fmt.Fprintln(os.Stderr, "remove what was restored:", err)
+		}
+		if err == nil {
+			return nil
+		}
+		fmt.Fprintln(os.Stderr, "what was saved is not restored:", err)
+		l.switchOff()
+		l.machine, l.network, l.savedKey = nil, nil, nil
+	} else if err := discardSaved(l.Box); err != nil {
+		return err
+	}
+	return l.switchOn(newMachine, "", nil)
+}
+
+// switchOn makes a machine and starts it. On an error too, switchOff takes back
+// what there is of it.
+func (l *life) switchOn(newMachine func(context.Context, Config) (Machine, error), state string, key []byte) error {
+	l.heard = make(chan struct{})
+	close(l.heard)                                   // until there is somebody to listen to
 	if err := os.RemoveAll(machineDir); err != nil { // of a life that was killed
 		return err
 	}
 	if err := os.Mkdir(machineDir, 0o700); err != nil {
 		return err
 	}
-	var err error
-	if l.console, err = openConsole(l.Box.Path(consoleFile)); err != nil {
-		return err
-	}
 	config, err := l.config()
 	if err != nil {
 		return err
+	}
+	limit := powerOnLimit
+	if state != "" {
+		config.Restore, config.RestoreKey, limit = state, key, restoreLimit
 	}
 	if l.machine, err = newMachine(context.Background(), config); err != nil {
 		return err
@@ -151,22 +206,33 @@ func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) 
 	if err != nil {
 		return err
 	}
-	if l.control, err = listenControl(); err != nil {
-		return err
-	}
-	for i := range l.output {
-		reader, writer := io.Pipe()
-		l.output[i] = writer
-		l.tasks.Go(func() { l.Log.Copy(reader, i == 1) })
-	}
-	l.tasks.Go(func() {
+	l.heard = make(chan struct{})
+	go func() {
 		defer close(l.heard)
 		l.answerGuest(calls)
-	})
-	l.tasks.Go(l.takeOrders)
-	ctx, cancel := context.WithTimeout(context.Background(), powerOnLimit)
+	}()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	return l.machine.Start(ctx)
+}
+
+// switchOff ends the machine, and returns once nothing of it is left.
+func (l *life) switchOff() {
+	if l.machine != nil {
+		if err := l.machine.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "close the machine:", err)
+		}
+	}
+	if conn := l.guest.Swap(nil); conn != nil {
+		conn.Close()
+	}
+	if l.network != nil {
+		_ = l.network.Close()
+	}
+	if l.heard != nil {
+		<-l.heard
+	}
+	_ = os.RemoveAll(machineDir)
 }
 
 // config is what the machine is made of. It opens the network.
@@ -247,7 +313,7 @@ func (l *life) supervise() shim.End {
 			switch until := time.Now().Add(grace); {
 			case grace <= 0:
 				l.kill()
-			case l.guest.Load() == nil:
+			case l.guest.Load() == nil && l.savedKey == nil:
 				// There is nobody yet who would have something to lose.
 				l.kill()
 				return l.waited(shim.End{ExitCode: 128 + int(sigTerm), Detail: "stopped while it booted"})
@@ -263,6 +329,19 @@ func (l *life) supervise() shim.End {
 			l.kill()
 		case ended := <-l.ended:
 			return l.waited(endOf(ended))
+		case <-l.called:
+			if !deadline.IsZero() {
+				l.signal()
+			}
+		case keyFile := <-l.slept:
+			select {
+			case ended := <-l.ended: // just before it was saved
+				_ = discardSaved(l.Box)
+				_ = os.Remove(keyFile)
+				return l.waited(endOf(ended))
+			default:
+			}
+			return l.sleep(keyFile)
 		case <-l.machine.Done():
 			return l.fell(detail)
 		}
@@ -285,12 +364,25 @@ func (l *life) signal() {
 	if l.plan.Image != nil {
 		number = l.plan.Image.StopSignal
 	}
-	conn := l.guest.Load()
-	_ = conn.NetConn().SetWriteDeadline(time.Now().Add(time.Second))
-	if err := conn.Send(&guestv1.MachineOrder{Signal: number}); err != nil {
+	if l.guest.Load() == nil {
+		return // it is told once it has called
+	}
+	if err := l.send(&guestv1.MachineOrder{Signal: number}); err != nil {
 		// A guest that takes no orders has its grace, and then is killed.
 		fmt.Fprintln(os.Stderr, "signal the guest:", err)
 	}
+}
+
+// send gives guestd an order.
+func (l *life) send(order *guestv1.MachineOrder) error {
+	conn := l.guest.Load()
+	if conn == nil {
+		return errors.New("it has not called")
+	}
+	l.sending.Lock()
+	defer l.sending.Unlock()
+	_ = conn.NetConn().SetWriteDeadline(time.Now().Add(time.Second))
+	return conn.Send(order)
 }
 
 // waited is the end of a life whose end is known, once the machine is off.
@@ -337,17 +429,7 @@ func (l *life) release() {
 		l.control.Close()
 		_ = os.Remove(controlSocket)
 	}
-	if l.machine != nil {
-		if err := l.machine.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, "close the machine:", err)
-		}
-	}
-	if conn := l.guest.Load(); conn != nil {
-		conn.Close()
-	}
-	if l.network != nil {
-		_ = l.network.Close()
-	}
+	l.switchOff()
 	for _, output := range l.output {
 		if output != nil {
 			_ = output.Close() // never fails
@@ -357,5 +439,4 @@ func (l *life) release() {
 	if l.console != nil {
 		l.console.close()
 	}
-	_ = os.RemoveAll(machineDir)
 }

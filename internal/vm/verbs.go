@@ -126,7 +126,9 @@ func (d *Driver) prepare(b shim.Box) error {
 func (d *Driver) Stop(ctx context.Context, ref sandbox.Ref, grace time.Duration) error {
 	b, err := d.boxes().Box(ref.ID)
 	if err == nil {
-		err = b.Stop(ctx, grace)
+		if err = b.Stop(ctx, grace); err == nil {
+			err = discardSaved(b)
+		}
 	}
 	return failed("stop", ref, err)
 }
@@ -138,7 +140,7 @@ func (d *Driver) Inspect(ctx context.Context, ref sandbox.Ref) (sandbox.Observat
 		return sandbox.Observation{}, failed("inspect", ref, err)
 	}
 	o, _, err := b.Settled(ctx)
-	return o, failed("inspect", ref, err)
+	return withSaved(b, o), failed("inspect", ref, err)
 }
 
 // Wait implements sandbox.Driver.
@@ -148,13 +150,24 @@ func (d *Driver) Wait(ctx context.Context, ref sandbox.Ref) (sandbox.Observation
 		return sandbox.Observation{}, failed("wait", ref, err)
 	}
 	o, err := b.Wait(ctx)
-	return o, failed("wait", ref, err)
+	return withSaved(b, o), failed("wait", ref, err)
+}
+
+// withSaved adds to what was seen of a sandbox whether its memory was saved.
+func withSaved(b shim.Box, o sandbox.Observation) sandbox.Observation {
+	if o.State == sandbox.StateExited {
+		_, o.Saved, _ = readSaved(b) // a record that cannot be read is no use
+	}
+	return o
 }
 
 // Delete implements sandbox.Driver.
 func (d *Driver) Delete(ctx context.Context, ref sandbox.Ref) error {
-	return failed("delete", ref, d.mutate(ctx, ref, func(_ shim.Box, m *shim.Mutex) error {
+	return failed("delete", ref, d.mutate(ctx, ref, func(b shim.Box, m *shim.Mutex) error {
 		if err := m.End(ctx); err != nil {
+			return err
+		}
+		if err := discardSaved(b); err != nil {
 			return err
 		}
 		_, err := m.Unmake()

@@ -59,6 +59,7 @@ func (s *server) table() map[string]call {
 		"configure":      brief((*guestv1.Request).GetConfigure, s.configure),
 		"update_secrets": brief((*guestv1.Request).GetUpdateSecrets, s.updateSecrets),
 		"set_time":       brief((*guestv1.Request).GetSetTime, s.setTime),
+		"rejoin":         brief((*guestv1.Request).GetRejoin, s.rejoin),
 		"exec":           brief((*guestv1.Request).GetExec, s.execs.exec),
 		"attach":         brief((*guestv1.Request).GetAttach, s.execs.attach),
 		"list_execs":     brief((*guestv1.Request).GetListExecs, s.execs.listExecs),
@@ -147,6 +148,13 @@ func (s *server) setTime(_ context.Context, conn *wire.Conn, call *guestv1.SetTi
 		return failuref(guestv1.Failure_CODE_DENIED, "the sandbox has its host's clock")
 	}
 	if err := setClock(call.GetTime()); err != nil {
+		return err
+	}
+	return conn.Send(response(nil))
+}
+
+func (s *server) rejoin(_ context.Context, conn *wire.Conn, call *guestv1.Rejoin) error {
+	if err := s.workload.rejoin(call); err != nil {
 		return err
 	}
 	return conn.Send(response(nil))

@@ -51,13 +51,11 @@ func live(ctx context.Context, o options, first bool, signals <-chan os.Signal) 
 	if err := l.open(ctx, o, credit); err != nil {
 		return exitFault, err
 	}
-	h, plan, err := callHost(ctx, credit)
+	h, plan, err := callHost(ctx, credit, l.rekey)
 	if err != nil {
 		return exitFault, err
 	}
 	l.host = h
-	l.key = plan.GetKey()
-	close(l.keyed)
 	l.workload.streams.take = h.take
 	go h.follow(ctx)
 	go l.become(plan)

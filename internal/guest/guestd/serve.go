@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
@@ -38,15 +39,16 @@ type server struct {
 	ready chan struct{}
 	fault error
 	// key is what connections begin with, once keyed is closed.
-	key   []byte
-	keyed chan struct{}
+	key     atomic.Pointer[[]byte]
+	keyed   chan struct{}
+	keyOnce sync.Once
 }
 
 func newServer(o options, first bool) *server {
 	s := &server{children: newProcesses(first), ready: make(chan struct{}), keyed: make(chan struct{})}
 	if !o.machine {
 		close(s.ready)
-		close(s.keyed)
+		s.rekey(nil)
 	}
 	buffers := newBuffers()
 	s.workload = newWorkload(o, first, s.children, buffers)
@@ -143,9 +145,16 @@ func (s *server) hasKey(ctx context.Context, conn net.Conn) bool {
 	case <-ctx.Done():
 		return false
 	}
-	given := make([]byte, len(s.key))
+	key := *s.key.Load()
+	given := make([]byte, len(key))
 	_, err := io.ReadFull(conn, given)
-	return err == nil && subtle.ConstantTimeCompare(given, s.key) == 1
+	return err == nil && subtle.ConstantTimeCompare(given, key) == 1
+}
+
+// rekey has connections begin with another key from now on.
+func (s *server) rekey(key []byte) {
+	s.key.Store(&key)
+	s.keyOnce.Do(func() { close(s.keyed) })
 }
 
 // awaitReady returns once there is a sandbox, or an error if there will be none.

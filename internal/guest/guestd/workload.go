@@ -138,14 +138,14 @@ func (w *workload) configure(ctx context.Context, call *guestv1.Configure) (pid 
 	case <-ctx.Done():
 		return 0, false, ctx.Err()
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	switch {
 	case mine.generation != call.GetGeneration():
 		return 0, false, failuref(guestv1.Failure_CODE_STATE, "configured for generation %d already", mine.generation)
 	case mine.err != nil:
 		return 0, false, mine.err
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	return w.pid, other == nil, nil
 }
 
@@ -179,15 +179,46 @@ func (w *workload) begin(call *guestv1.Configure) error {
 	return nil
 }
 
+// rejoin takes a workload that was restored with its machine's memory into the
+// boot that this is.
+func (w *workload) rejoin(call *guestv1.Rejoin) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case !w.machine || w.phase != guestv1.Greeting_PHASE_RUNNING:
+		return failuref(guestv1.Failure_CODE_STATE, "there is no machine with a workload that runs")
+	case call.GetGeneration() < w.generation:
+		return failuref(guestv1.Failure_CODE_STATE, "generation %d: this is %d already", call.GetGeneration(), w.generation)
+	}
+	if call.GetTime() != nil {
+		if err := setClock(call.GetTime()); err != nil {
+			return err
+		}
+	}
+	stir(call.GetEntropy())
+	w.generation, w.starting.generation = call.GetGeneration(), call.GetGeneration()
+	return nil
+}
+
+// stir puts entropy into the kernel's pool and has all that is random from now
+// on depend on it, as far as guestd may.
+func stir(entropy []byte) {
+	if len(entropy) == 0 {
+		return
+	}
+	pool, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
+	if err != nil {
+		return
+	}
+	defer pool.Close()
+	_, _ = pool.Write(entropy[:min(len(entropy), maxEntropy)])
+	_ = unix.IoctlSetInt(int(pool.Fd()), unix.RNDRESEEDCRNG, 0) // see random(4)
+}
+
 // adopt makes the sandbox the one that the agent means. None of it keeps the
 // workload from starting: what may not be set in here has been set outside.
 func (w *workload) adopt(call *guestv1.Configure) {
-	if entropy := call.GetEntropy(); len(entropy) > 0 {
-		if pool, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0); err == nil {
-			_, _ = pool.Write(entropy[:min(len(entropy), maxEntropy)])
-			pool.Close()
-		}
-	}
+	stir(call.GetEntropy())
 	if name := call.GetHostname(); name != "" && w.owner {
 		_ = unix.Sethostname([]byte(name))
 		if w.name != nil {

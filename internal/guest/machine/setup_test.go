@@ -42,8 +42,8 @@ const limit = 3 * time.Minute
 // kit is the guest kit, and what it is run with.
 type kit struct {
 	kernel, vmlinux, initrd, cmdline string
-	options                 qemu.Options
-	workload                []byte // test/workload
+	options                          qemu.Options
+	workload                         []byte // test/workload
 }
 
 var prepare = sync.OnceValues(func() (*kit, error) {

@@ -51,9 +51,7 @@ func (s *suite) configured(ctx context.Context, d sandbox.Driver, ref sandbox.Re
 	if s.Without.Configure {
 		return nil
 	}
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for {
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		err := guestOf(d, ref).Configure(ctx, guest.Configuration{Generation: generation})
 		if err == nil {
 			return nil
@@ -65,7 +63,7 @@ func (s *suite) configured(ctx context.Context, d sandbox.Driver, ref sandbox.Re
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("not until %w: %w", ctx.Err(), err)
-		case <-tick.C:
+		case <-time.After(pause):
 		}
 	}
 }

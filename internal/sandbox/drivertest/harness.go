@@ -182,6 +182,9 @@ func (s *suite) optional(t *testing.T) []test {
 	if _, ok := d.(sandbox.Pauser); ok {
 		tests = append(tests, pauseTests()...)
 	}
+	if _, ok := d.(sandbox.Hibernator); ok {
+		tests = append(tests, hibernateTests()...)
+	}
 	if _, ok := d.(sandbox.Console); ok {
 		tests = append(tests, consoleTests()...)
 	}

@@ -4,6 +4,7 @@ package qemu_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -339,25 +340,29 @@ func TestSaveAndRestore(t *testing.T) {
 	if got := g.ask(t, "keep what is remembered"); got != "ok" {
 		t.Fatal(got)
 	}
-	if err := g.Save(t.Context(), state); !errors.Is(err, vm.ErrCannotSave) {
+	if _, err := g.Save(t.Context(), state); !errors.Is(err, vm.ErrCannotSave) {
 		t.Error("saved while it runs:", err)
 	}
 	if err := g.Pause(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := g.Save(t.Context(), filepath.Join(state, "nowhere")); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := g.Save(t.Context(), filepath.Join(state, "nowhere")); !errors.Is(err, fs.ErrNotExist) {
 		t.Error(err)
 	}
 	start := time.Now()
-	if err := g.Save(t.Context(), state); err != nil {
+	key, err := g.Save(t.Context(), state)
+	if err != nil {
 		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(state); err != nil || bytes.Contains(text, []byte("what is remembered")) {
+		t.Errorf("the file shows what was in the memory, %v", err)
 	}
 	info, err := os.Stat(state)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("saved in %v: %d MiB on disk", time.Since(start), info.Sys().(*syscall.Stat_t).Blocks>>11)
-	if err := g.Save(t.Context(), state); !errors.Is(err, fs.ErrExist) {
+	if _, err := g.Save(t.Context(), state); !errors.Is(err, fs.ErrExist) {
 		t.Error("a state was overwritten:", err)
 	}
 
@@ -373,7 +378,7 @@ func TestSaveAndRestore(t *testing.T) {
 	}
 
 	start = time.Now()
-	restored := newGuest(t, func(c *vm.Config, o *qemu.Options) { withDisk(c, o); c.Restore = state })
+	restored := newGuest(t, func(c *vm.Config, o *qemu.Options) { withDisk(c, o); c.Restore, c.RestoreKey = state, key })
 	if err := restored.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -390,16 +395,22 @@ func TestSaveAndRestore(t *testing.T) {
 	}
 
 	t.Run("OtherMachine", func(t *testing.T) {
-		other := newGuest(t, func(c *vm.Config, o *qemu.Options) { c.MemoryMiB, c.Restore = 512, state })
+		other := newGuest(t, func(c *vm.Config, o *qemu.Options) { c.MemoryMiB, c.Restore, c.RestoreKey = 512, state, key })
+		if err := other.Start(t.Context()); !errors.Is(err, vm.ErrCannotSave) {
+			t.Error(err)
+		}
+	})
+	t.Run("NoKey", func(t *testing.T) {
+		other := newGuest(t, func(c *vm.Config, o *qemu.Options) { withDisk(c, o); c.Restore = state })
 		if err := other.Start(t.Context()); !errors.Is(err, vm.ErrCannotSave) {
 			t.Error(err)
 		}
 	})
 	t.Run("Garbage", func(t *testing.T) {
-		if err := os.Truncate(state, 1000); err != nil {
+		if err := os.Truncate(state, info.Size()/2); err != nil {
 			t.Fatal(err)
 		}
-		other := newGuest(t, func(c *vm.Config, o *qemu.Options) { withDisk(c, o); c.Restore = state })
+		other := newGuest(t, func(c *vm.Config, o *qemu.Options) { withDisk(c, o); c.Restore, c.RestoreKey = state, key })
 		if err := other.Start(t.Context()); !errors.Is(err, vm.ErrCannotSave) {
 			t.Error(err)
 		}
@@ -416,7 +427,7 @@ func TestMachineWithSharesIsNotSaved(t *testing.T) {
 		t.Fatal(err)
 	}
 	state := filepath.Join(t.TempDir(), "state")
-	if err := g.Save(t.Context(), state); !errors.Is(err, vm.ErrCannotSave) {
+	if _, err := g.Save(t.Context(), state); !errors.Is(err, vm.ErrCannotSave) {
 		t.Error(err)
 	}
 	if _, err := os.Stat(state); !errors.Is(err, fs.ErrNotExist) {

@@ -7,8 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
+
+	"filippo.io/age"
 
 	"github.com/choiros/agent/internal/vm"
 )
@@ -42,92 +43,104 @@ func (m *machine) Resume(ctx context.Context) error {
 	return mon.run(ctx, "cont", nil, nil)
 }
 
-// Save has QEMU migrate the machine to a file. A device in another process
+// Save has QEMU migrate the machine into a pipe, from which what comes is sealed
+// on its way to the file: none of it is on a disk as it is. A device in another process
 // has a state that QEMU does not know, so a machine with shares is refused, and
 // vhost-device-vsock is unplugged meanwhile: the guest, which must let go of it,
 // runs for a moment, and finds its connections broken and its listeners as they were.
-func (m *machine) Save(ctx context.Context, path string) error {
+func (m *machine) Save(ctx context.Context, path string) (key []byte, err error) {
 	m.changing.Lock()
 	defer m.changing.Unlock()
 	mon, err := m.running()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if len(m.plan.config.Shares) > 0 {
-		return fmt.Errorf("%w: it has shares", vm.ErrCannotSave)
+		return nil, fmt.Errorf("%w: it has shares", vm.ErrCannotSave)
 	}
-	if path, err = filepath.Abs(path); err != nil { // QEMU works elsewhere
-		return err
+	identity, err := age.GenerateX25519Identity()
+	if err != nil {
+		return nil, err
 	}
 	var status struct {
 		Running bool `json:"running"`
 	}
 	if err := mon.run(ctx, "query-status", nil, &status); err != nil {
-		return err
+		return nil, err
 	}
 	if status.Running {
-		return fmt.Errorf("%w: it is not paused", vm.ErrCannotSave)
+		return nil, fmt.Errorf("%w: it is not paused", vm.ErrCannotSave)
 	}
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err = m.unplugVsock(ctx); err == nil {
-		if err = m.migrate(ctx, path); err == nil {
-			err = file.Sync()
-		}
+		err = m.migrate(ctx, func(state *os.File) error { return seal(file, state, identity) })
 	}
 	err = errors.Join(err, file.Close())
 	if err != nil {
 		err = errors.Join(err, os.Remove(path))
 	}
-	return errors.Join(err, m.plugVsock(context.WithoutCancel(ctx)))
+	if err = errors.Join(err, m.plugVsock(context.WithoutCancel(ctx))); err != nil {
+		return nil, err
+	}
+	return []byte(identity.String()), nil
 }
 
 // object is QMP's word for a set of arguments.
 type object map[string]any
 
-// useMappedRAM has migrations write each page at a place of its own, and none
-// that is zero: the file has holes there, and is as long as the memory. QEMU
-// knows it since 9.0.
-func (m *machine) useMappedRAM(ctx context.Context) error {
-	err := m.mon.run(ctx, "migrate-set-capabilities", object{
-		"capabilities": []object{{"capability": "mapped-ram", "state": true}},
-	}, nil)
-	if refusal, ok := errors.AsType[*commandError](err); ok {
-		return fmt.Errorf("%w: %w", vm.ErrCannotSave, refusal)
-	}
-	return err
-}
+// statePipe is what a pipe to or from QEMU is called in QMP.
+const statePipe = "state"
 
-// stateFile is a file as a migration's other end.
-func stateFile(path string) object {
+// throughPipe is that pipe as a migration's other end.
+func throughPipe() object {
 	return object{"channels": []object{{
-		"channel-type": "main",
-		"addr":         object{"transport": "file", "filename": path, "offset": 0},
+		"channel-type": "main", "addr": object{"transport": "socket", "type": "fd", "str": statePipe},
 	}}}
 }
 
-func (m *machine) migrate(ctx context.Context, path string) error {
-	if err := m.useMappedRAM(ctx); err != nil {
-		return err
+// openPipe passes QEMU one end of a pipe, for reading or for writing, and
+// returns the other.
+func (m *machine) openPipe(ctx context.Context, qemuReads bool) (*os.File, error) {
+	theirs, ours, err := os.Pipe()
+	if err != nil {
+		return nil, err
 	}
+	if !qemuReads {
+		theirs, ours = ours, theirs
+	}
+	defer theirs.Close()
+	if err := m.mon.pass(ctx, statePipe, theirs); err != nil {
+		ours.Close()
+		return nil, err
+	}
+	return ours, nil
+}
+
+// migrate has QEMU write the machine's state into a pipe. take reads it to the
+// end.
+func (m *machine) migrate(ctx context.Context, take func(*os.File) error) error {
 	// As fast as the disk is: nothing else waits for it.
 	if err := m.mon.run(ctx, "migrate-set-parameters", object{"max-bandwidth": 1 << 40}, nil); err != nil {
 		return err
 	}
-	if err := m.mon.run(ctx, "migrate", stateFile(path), nil); err != nil {
-		if refusal, ok := errors.AsType[*commandError](err); ok {
-			return fmt.Errorf("%w: %w", vm.ErrCannotSave, refusal)
-		}
+	pipe, err := m.openPipe(ctx, false)
+	if err != nil {
 		return err
 	}
-	err := m.migrated(ctx)
-	if err != nil && ctx.Err() != nil {
-		// Or it would go on writing to a file that is gone, and refuse to resume.
+	taken := carry(pipe, take)
+	if err = m.mon.run(ctx, "migrate", throughPipe(), nil); err != nil {
+		if refusal, ok := errors.AsType[*commandError](err); ok {
+			err = fmt.Errorf("%w: %w", vm.ErrCannotSave, refusal)
+		}
+		_ = m.mon.run(context.WithoutCancel(ctx), "closefd", object{"fdname": statePipe}, nil) // it may have it no more
+	} else if err = m.migrated(ctx); err != nil && ctx.Err() != nil {
+		// Or it would refuse to resume.
 		err = errors.Join(err, m.cancelMigration(context.WithoutCancel(ctx)))
 	}
-	return err
+	return errors.Join(err, taken.wait())
 }
 
 func (m *machine) cancelMigration(ctx context.Context) error {
@@ -170,15 +183,29 @@ func (m *machine) migrated(ctx context.Context) error {
 
 // restore reads the state back into a QEMU that has just started.
 func (m *machine) restore(ctx context.Context) error {
-	path, err := filepath.Abs(inDir(m.plan.config, m.plan.config.Restore))
+	path, key := inDir(m.plan.config, m.plan.config.Restore), m.plan.config.RestoreKey
+	pipe, err := m.openPipe(ctx, true)
 	if err != nil {
-		return err
+		return fmt.Errorf("restore: %w", err)
 	}
-	if err := m.useMappedRAM(ctx); err != nil {
+	// A QEMU that is given nothing waits for ever.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	given := carry(pipe, func(pipe *os.File) error {
+		err := unseal(pipe, path, key)
+		if err != nil {
+			cancel(err)
+		}
 		return err
-	}
-	if err = m.mon.run(ctx, "migrate-incoming", stateFile(path), nil); err == nil {
+	})
+	if err = m.mon.run(ctx, "migrate-incoming", throughPipe(), nil); err == nil {
 		err = m.migrated(ctx)
+	}
+	if err == nil {
+		if err = given.wait(); err == nil {
+			err = m.plugVsock(ctx)
+		}
+		return err
 	}
 	if errors.Is(err, errMonitorClosed) {
 		// It ends when it cannot read a state, and says why as it does so.
@@ -187,12 +214,11 @@ func (m *machine) restore(ctx context.Context) error {
 			err = m.err
 		case <-time.After(farewell):
 		}
-		return fmt.Errorf("restore: %w: %w", vm.ErrCannotSave, err)
+		err = fmt.Errorf("%w: %w", vm.ErrCannotSave, err)
 	}
-	if err != nil {
-		return fmt.Errorf("restore: %w", err)
-	}
-	return m.plugVsock(ctx)
+	_ = pipe.Close() // nobody reads it to its end
+	_ = given.wait() // its error, if any, is err
+	return fmt.Errorf("restore: %w", err)
 }
 
 // unplugVsock takes the device away, with a paused guest's help.

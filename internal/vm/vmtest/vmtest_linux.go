@@ -51,7 +51,7 @@ func Open(root string) (*vm.Driver, error) {
 	}
 	return vm.New(vm.DriverConfig{
 		Root: root, Images: images, Kit: image.KitDir(), Arch: runtime.GOARCH,
-		Shim: []string{shimFlag},
+		Shim: []string{shimFlag}, KeyDir: KeyDir(root),
 		// A binary built with the race detector would take a second to exit.
 		Env: append(os.Environ(), "GORACE=atexit_sleep_ms=0"),
 		Probe: func(context.Context) (sandbox.Report, error) {
@@ -59,6 +59,12 @@ func Open(root string) (*vm.Driver, error) {
 			return sandbox.Report{Version: report.Accelerator}, err
 		},
 	})
+}
+
+// KeyDir is where a driver opened on a folder keeps the keys of memories: a
+// tmpfs on every Linux.
+func KeyDir(root string) string {
+	return filepath.Join("/dev/shm", "keys"+strings.ReplaceAll(root, "/", "-"))
 }
 
 // Backend makes a folder for machines, with the test images loaded, and returns
@@ -78,6 +84,10 @@ func Backend(t *testing.T) (root string) {
 	}
 	t.Cleanup(func() {
 		CheckNoProcess(t, base)
+		if left, _ := filepath.Glob(filepath.Join(KeyDir(root), "*")); len(left) > 0 {
+			t.Errorf("left: %s", left)
+		}
+		_ = os.RemoveAll(KeyDir(root))
 		if err := os.RemoveAll(base); err != nil {
 			t.Error(err)
 		}

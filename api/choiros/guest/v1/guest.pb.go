@@ -223,7 +223,7 @@ func (x FileInfo_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use FileInfo_Kind.Descriptor instead.
 func (FileInfo_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{34, 0}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{35, 0}
 }
 
 // Kind of change.
@@ -276,7 +276,7 @@ func (x FileChange_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use FileChange_Kind.Descriptor instead.
 func (FileChange_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{45, 0}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{46, 0}
 }
 
 // Request begins a connection.
@@ -310,6 +310,7 @@ type Request struct {
 	//	*Request_RemoveFile
 	//	*Request_MakeFolder
 	//	*Request_LendSockets
+	//	*Request_Rejoin
 	Call          isRequest_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -557,6 +558,15 @@ func (x *Request) GetLendSockets() *LendSockets {
 	return nil
 }
 
+func (x *Request) GetRejoin() *Rejoin {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Rejoin); ok {
+			return x.Rejoin
+		}
+	}
+	return nil
+}
+
 type isRequest_Call interface {
 	isRequest_Call()
 }
@@ -649,6 +659,10 @@ type Request_LendSockets struct {
 	LendSockets *LendSockets `protobuf:"bytes,23,opt,name=lend_sockets,json=lendSockets,proto3,oneof"`
 }
 
+type Request_Rejoin struct {
+	Rejoin *Rejoin `protobuf:"bytes,24,opt,name=rejoin,proto3,oneof"`
+}
+
 func (*Request_Hello) isRequest_Call() {}
 
 func (*Request_Configure) isRequest_Call() {}
@@ -692,6 +706,8 @@ func (*Request_RemoveFile) isRequest_Call() {}
 func (*Request_MakeFolder) isRequest_Call() {}
 
 func (*Request_LendSockets) isRequest_Call() {}
+
+func (*Request_Rejoin) isRequest_Call() {}
 
 // Response is guestd's answer to a Request, and, where a call says so, what
 // ends its stream.
@@ -2942,6 +2958,72 @@ func (x *SetTime) GetTime() *timestamppb.Timestamp {
 	return nil
 }
 
+// Rejoin tells guestd that its machine was restored from a saved memory, and
+// which boot of the sandbox that is now. The workload runs on as it was. If it
+// does not run, or guestd is not in a machine: a STATE failure.
+type Rejoin struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Never lower than before; with the present one it succeeds again.
+	Generation uint64 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"`
+	// Of the agent's host.
+	Time *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
+	// As Configure's: two guests restored from one state are to differ.
+	Entropy       []byte `protobuf:"bytes,3,opt,name=entropy,proto3" json:"entropy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rejoin) Reset() {
+	*x = Rejoin{}
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rejoin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rejoin) ProtoMessage() {}
+
+func (x *Rejoin) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rejoin.ProtoReflect.Descriptor instead.
+func (*Rejoin) Descriptor() ([]byte, []int) {
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *Rejoin) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *Rejoin) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Rejoin) GetEntropy() []byte {
+	if x != nil {
+		return x.Entropy
+	}
+	return nil
+}
+
 // FileInfo describes a file. Answer to StatFile and ReadFile.
 type FileInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2962,7 +3044,7 @@ type FileInfo struct {
 
 func (x *FileInfo) Reset() {
 	*x = FileInfo{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2974,7 +3056,7 @@ func (x *FileInfo) String() string {
 func (*FileInfo) ProtoMessage() {}
 
 func (x *FileInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[34]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2987,7 +3069,7 @@ func (x *FileInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileInfo.ProtoReflect.Descriptor instead.
 func (*FileInfo) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{34}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *FileInfo) GetName() string {
@@ -3056,7 +3138,7 @@ type StatFile struct {
 
 func (x *StatFile) Reset() {
 	*x = StatFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3068,7 +3150,7 @@ func (x *StatFile) String() string {
 func (*StatFile) ProtoMessage() {}
 
 func (x *StatFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[35]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3081,7 +3163,7 @@ func (x *StatFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatFile.ProtoReflect.Descriptor instead.
 func (*StatFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{35}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StatFile) GetPath() string {
@@ -3105,7 +3187,7 @@ type ListFiles struct {
 
 func (x *ListFiles) Reset() {
 	*x = ListFiles{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3117,7 +3199,7 @@ func (x *ListFiles) String() string {
 func (*ListFiles) ProtoMessage() {}
 
 func (x *ListFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[36]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3130,7 +3212,7 @@ func (x *ListFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFiles.ProtoReflect.Descriptor instead.
 func (*ListFiles) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{36}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListFiles) GetPath() string {
@@ -3164,7 +3246,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3176,7 +3258,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[37]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3189,7 +3271,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{37}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Files) GetFiles() []*FileInfo {
@@ -3220,7 +3302,7 @@ type ReadFile struct {
 
 func (x *ReadFile) Reset() {
 	*x = ReadFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3232,7 +3314,7 @@ func (x *ReadFile) String() string {
 func (*ReadFile) ProtoMessage() {}
 
 func (x *ReadFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[38]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3245,7 +3327,7 @@ func (x *ReadFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFile.ProtoReflect.Descriptor instead.
 func (*ReadFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{38}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReadFile) GetPath() string {
@@ -3285,7 +3367,7 @@ type WriteFile struct {
 
 func (x *WriteFile) Reset() {
 	*x = WriteFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3297,7 +3379,7 @@ func (x *WriteFile) String() string {
 func (*WriteFile) ProtoMessage() {}
 
 func (x *WriteFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[39]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3310,7 +3392,7 @@ func (x *WriteFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFile.ProtoReflect.Descriptor instead.
 func (*WriteFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{39}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *WriteFile) GetPath() string {
@@ -3348,7 +3430,7 @@ type Pack struct {
 
 func (x *Pack) Reset() {
 	*x = Pack{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3360,7 +3442,7 @@ func (x *Pack) String() string {
 func (*Pack) ProtoMessage() {}
 
 func (x *Pack) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[40]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3373,7 +3455,7 @@ func (x *Pack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pack.ProtoReflect.Descriptor instead.
 func (*Pack) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{40}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Pack) GetPath() string {
@@ -3407,7 +3489,7 @@ type Unpack struct {
 
 func (x *Unpack) Reset() {
 	*x = Unpack{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3419,7 +3501,7 @@ func (x *Unpack) String() string {
 func (*Unpack) ProtoMessage() {}
 
 func (x *Unpack) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[41]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3432,7 +3514,7 @@ func (x *Unpack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unpack.ProtoReflect.Descriptor instead.
 func (*Unpack) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{41}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Unpack) GetPath() string {
@@ -3467,7 +3549,7 @@ type Transferred struct {
 
 func (x *Transferred) Reset() {
 	*x = Transferred{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3479,7 +3561,7 @@ func (x *Transferred) String() string {
 func (*Transferred) ProtoMessage() {}
 
 func (x *Transferred) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[42]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3492,7 +3574,7 @@ func (x *Transferred) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transferred.ProtoReflect.Descriptor instead.
 func (*Transferred) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{42}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Transferred) GetFiles() uint64 {
@@ -3521,7 +3603,7 @@ type WatchFiles struct {
 
 func (x *WatchFiles) Reset() {
 	*x = WatchFiles{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3533,7 +3615,7 @@ func (x *WatchFiles) String() string {
 func (*WatchFiles) ProtoMessage() {}
 
 func (x *WatchFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[43]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3546,7 +3628,7 @@ func (x *WatchFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchFiles.ProtoReflect.Descriptor instead.
 func (*WatchFiles) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{43}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *WatchFiles) GetPath() string {
@@ -3575,7 +3657,7 @@ type FileChanges struct {
 
 func (x *FileChanges) Reset() {
 	*x = FileChanges{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3587,7 +3669,7 @@ func (x *FileChanges) String() string {
 func (*FileChanges) ProtoMessage() {}
 
 func (x *FileChanges) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[44]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3600,7 +3682,7 @@ func (x *FileChanges) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileChanges.ProtoReflect.Descriptor instead.
 func (*FileChanges) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{44}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *FileChanges) GetChanges() []*FileChange {
@@ -3628,7 +3710,7 @@ type FileChange struct {
 
 func (x *FileChange) Reset() {
 	*x = FileChange{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3640,7 +3722,7 @@ func (x *FileChange) String() string {
 func (*FileChange) ProtoMessage() {}
 
 func (x *FileChange) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[45]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3653,7 +3735,7 @@ func (x *FileChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileChange.ProtoReflect.Descriptor instead.
 func (*FileChange) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{45}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *FileChange) GetPath() string {
@@ -3681,7 +3763,7 @@ type RemoveFile struct {
 
 func (x *RemoveFile) Reset() {
 	*x = RemoveFile{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3693,7 +3775,7 @@ func (x *RemoveFile) String() string {
 func (*RemoveFile) ProtoMessage() {}
 
 func (x *RemoveFile) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[46]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3706,7 +3788,7 @@ func (x *RemoveFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveFile.ProtoReflect.Descriptor instead.
 func (*RemoveFile) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{46}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RemoveFile) GetPath() string {
@@ -3735,7 +3817,7 @@ type MakeFolder struct {
 
 func (x *MakeFolder) Reset() {
 	*x = MakeFolder{}
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[47]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3747,7 +3829,7 @@ func (x *MakeFolder) String() string {
 func (*MakeFolder) ProtoMessage() {}
 
 func (x *MakeFolder) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_guest_v1_guest_proto_msgTypes[47]
+	mi := &file_choiros_guest_v1_guest_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3760,7 +3842,7 @@ func (x *MakeFolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeFolder.ProtoReflect.Descriptor instead.
 func (*MakeFolder) Descriptor() ([]byte, []int) {
-	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{47}
+	return file_choiros_guest_v1_guest_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *MakeFolder) GetPath() string {
@@ -3788,8 +3870,7 @@ var File_choiros_guest_v1_guest_proto protoreflect.FileDescriptor
 
 const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
-	"\x1cchoiros/guest/v1/guest.proto\x12\x10choiros.guest.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\n" +
-	"\n" +
+	"\x1cchoiros/guest/v1/guest.proto\x12\x10choiros.guest.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x87\v\n" +
 	"\aRequest\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12/\n" +
 	"\x05hello\x18\x02 \x01(\v2\x17.choiros.guest.v1.HelloH\x00R\x05hello\x12;\n" +
@@ -3824,7 +3905,8 @@ const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"removeFile\x12?\n" +
 	"\vmake_folder\x18\x16 \x01(\v2\x1c.choiros.guest.v1.MakeFolderH\x00R\n" +
 	"makeFolder\x12B\n" +
-	"\flend_sockets\x18\x17 \x01(\v2\x1d.choiros.guest.v1.LendSocketsH\x00R\vlendSocketsB\x06\n" +
+	"\flend_sockets\x18\x17 \x01(\v2\x1d.choiros.guest.v1.LendSocketsH\x00R\vlendSockets\x122\n" +
+	"\x06rejoin\x18\x18 \x01(\v2\x18.choiros.guest.v1.RejoinH\x00R\x06rejoinB\x06\n" +
 	"\x04call\"\xc7\x04\n" +
 	"\bResponse\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x123\n" +
@@ -3999,7 +4081,13 @@ const file_choiros_guest_v1_guest_proto_rawDesc = "" +
 	"\bcpu_usec\x18\x03 \x01(\x04R\acpuUsec\x12!\n" +
 	"\fmemory_bytes\x18\x04 \x01(\x04R\vmemoryBytes\"9\n" +
 	"\aSetTime\x12.\n" +
-	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"\xcc\x02\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"r\n" +
+	"\x06Rejoin\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x01 \x01(\x04R\n" +
+	"generation\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
+	"\aentropy\x18\x03 \x01(\fR\aentropy\"\xcc\x02\n" +
 	"\bFileInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x123\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1f.choiros.guest.v1.FileInfo.KindR\x04kind\x12\x1d\n" +
@@ -4083,7 +4171,7 @@ func file_choiros_guest_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_choiros_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_choiros_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_choiros_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_choiros_guest_v1_guest_proto_goTypes = []any{
 	(Failure_Code)(0),             // 0: choiros.guest.v1.Failure.Code
 	(Greeting_Phase)(0),           // 1: choiros.guest.v1.Greeting.Phase
@@ -4123,23 +4211,24 @@ var file_choiros_guest_v1_guest_proto_goTypes = []any{
 	(*Stats)(nil),                 // 35: choiros.guest.v1.Stats
 	(*Process)(nil),               // 36: choiros.guest.v1.Process
 	(*SetTime)(nil),               // 37: choiros.guest.v1.SetTime
-	(*FileInfo)(nil),              // 38: choiros.guest.v1.FileInfo
-	(*StatFile)(nil),              // 39: choiros.guest.v1.StatFile
-	(*ListFiles)(nil),             // 40: choiros.guest.v1.ListFiles
-	(*Files)(nil),                 // 41: choiros.guest.v1.Files
-	(*ReadFile)(nil),              // 42: choiros.guest.v1.ReadFile
-	(*WriteFile)(nil),             // 43: choiros.guest.v1.WriteFile
-	(*Pack)(nil),                  // 44: choiros.guest.v1.Pack
-	(*Unpack)(nil),                // 45: choiros.guest.v1.Unpack
-	(*Transferred)(nil),           // 46: choiros.guest.v1.Transferred
-	(*WatchFiles)(nil),            // 47: choiros.guest.v1.WatchFiles
-	(*FileChanges)(nil),           // 48: choiros.guest.v1.FileChanges
-	(*FileChange)(nil),            // 49: choiros.guest.v1.FileChange
-	(*RemoveFile)(nil),            // 50: choiros.guest.v1.RemoveFile
-	(*MakeFolder)(nil),            // 51: choiros.guest.v1.MakeFolder
-	nil,                           // 52: choiros.guest.v1.Configure.EnvEntry
-	nil,                           // 53: choiros.guest.v1.Exec.EnvEntry
-	(*timestamppb.Timestamp)(nil), // 54: google.protobuf.Timestamp
+	(*Rejoin)(nil),                // 38: choiros.guest.v1.Rejoin
+	(*FileInfo)(nil),              // 39: choiros.guest.v1.FileInfo
+	(*StatFile)(nil),              // 40: choiros.guest.v1.StatFile
+	(*ListFiles)(nil),             // 41: choiros.guest.v1.ListFiles
+	(*Files)(nil),                 // 42: choiros.guest.v1.Files
+	(*ReadFile)(nil),              // 43: choiros.guest.v1.ReadFile
+	(*WriteFile)(nil),             // 44: choiros.guest.v1.WriteFile
+	(*Pack)(nil),                  // 45: choiros.guest.v1.Pack
+	(*Unpack)(nil),                // 46: choiros.guest.v1.Unpack
+	(*Transferred)(nil),           // 47: choiros.guest.v1.Transferred
+	(*WatchFiles)(nil),            // 48: choiros.guest.v1.WatchFiles
+	(*FileChanges)(nil),           // 49: choiros.guest.v1.FileChanges
+	(*FileChange)(nil),            // 50: choiros.guest.v1.FileChange
+	(*RemoveFile)(nil),            // 51: choiros.guest.v1.RemoveFile
+	(*MakeFolder)(nil),            // 52: choiros.guest.v1.MakeFolder
+	nil,                           // 53: choiros.guest.v1.Configure.EnvEntry
+	nil,                           // 54: choiros.guest.v1.Exec.EnvEntry
+	(*timestamppb.Timestamp)(nil), // 55: google.protobuf.Timestamp
 }
 var file_choiros_guest_v1_guest_proto_depIdxs = []int32{
 	7,  // 0: choiros.guest.v1.Request.hello:type_name -> choiros.guest.v1.Hello
@@ -4154,54 +4243,56 @@ var file_choiros_guest_v1_guest_proto_depIdxs = []int32{
 	31, // 9: choiros.guest.v1.Request.watch_ports:type_name -> choiros.guest.v1.WatchPorts
 	34, // 10: choiros.guest.v1.Request.watch_stats:type_name -> choiros.guest.v1.WatchStats
 	37, // 11: choiros.guest.v1.Request.set_time:type_name -> choiros.guest.v1.SetTime
-	39, // 12: choiros.guest.v1.Request.stat_file:type_name -> choiros.guest.v1.StatFile
-	40, // 13: choiros.guest.v1.Request.list_files:type_name -> choiros.guest.v1.ListFiles
-	42, // 14: choiros.guest.v1.Request.read_file:type_name -> choiros.guest.v1.ReadFile
-	43, // 15: choiros.guest.v1.Request.write_file:type_name -> choiros.guest.v1.WriteFile
-	44, // 16: choiros.guest.v1.Request.pack:type_name -> choiros.guest.v1.Pack
-	45, // 17: choiros.guest.v1.Request.unpack:type_name -> choiros.guest.v1.Unpack
-	47, // 18: choiros.guest.v1.Request.watch_files:type_name -> choiros.guest.v1.WatchFiles
-	50, // 19: choiros.guest.v1.Request.remove_file:type_name -> choiros.guest.v1.RemoveFile
-	51, // 20: choiros.guest.v1.Request.make_folder:type_name -> choiros.guest.v1.MakeFolder
+	40, // 12: choiros.guest.v1.Request.stat_file:type_name -> choiros.guest.v1.StatFile
+	41, // 13: choiros.guest.v1.Request.list_files:type_name -> choiros.guest.v1.ListFiles
+	43, // 14: choiros.guest.v1.Request.read_file:type_name -> choiros.guest.v1.ReadFile
+	44, // 15: choiros.guest.v1.Request.write_file:type_name -> choiros.guest.v1.WriteFile
+	45, // 16: choiros.guest.v1.Request.pack:type_name -> choiros.guest.v1.Pack
+	46, // 17: choiros.guest.v1.Request.unpack:type_name -> choiros.guest.v1.Unpack
+	48, // 18: choiros.guest.v1.Request.watch_files:type_name -> choiros.guest.v1.WatchFiles
+	51, // 19: choiros.guest.v1.Request.remove_file:type_name -> choiros.guest.v1.RemoveFile
+	52, // 20: choiros.guest.v1.Request.make_folder:type_name -> choiros.guest.v1.MakeFolder
 	30, // 21: choiros.guest.v1.Request.lend_sockets:type_name -> choiros.guest.v1.LendSockets
-	6,  // 22: choiros.guest.v1.Response.failure:type_name -> choiros.guest.v1.Failure
-	8,  // 23: choiros.guest.v1.Response.greeting:type_name -> choiros.guest.v1.Greeting
-	11, // 24: choiros.guest.v1.Response.configured:type_name -> choiros.guest.v1.Configured
-	19, // 25: choiros.guest.v1.Response.exec_started:type_name -> choiros.guest.v1.ExecStarted
-	24, // 26: choiros.guest.v1.Response.execs:type_name -> choiros.guest.v1.Execs
-	38, // 27: choiros.guest.v1.Response.file:type_name -> choiros.guest.v1.FileInfo
-	41, // 28: choiros.guest.v1.Response.files:type_name -> choiros.guest.v1.Files
-	46, // 29: choiros.guest.v1.Response.transferred:type_name -> choiros.guest.v1.Transferred
-	28, // 30: choiros.guest.v1.Response.secrets_updated:type_name -> choiros.guest.v1.SecretsUpdated
-	0,  // 31: choiros.guest.v1.Failure.code:type_name -> choiros.guest.v1.Failure.Code
-	1,  // 32: choiros.guest.v1.Greeting.phase:type_name -> choiros.guest.v1.Greeting.Phase
-	52, // 33: choiros.guest.v1.Configure.env:type_name -> choiros.guest.v1.Configure.EnvEntry
-	10, // 34: choiros.guest.v1.Configure.secrets:type_name -> choiros.guest.v1.Secret
-	54, // 35: choiros.guest.v1.Configure.time:type_name -> google.protobuf.Timestamp
-	13, // 36: choiros.guest.v1.AwaitReady.http:type_name -> choiros.guest.v1.HttpProbe
-	14, // 37: choiros.guest.v1.AwaitReady.tcp:type_name -> choiros.guest.v1.TcpProbe
-	15, // 38: choiros.guest.v1.AwaitReady.exec:type_name -> choiros.guest.v1.ExecProbe
-	53, // 39: choiros.guest.v1.Exec.env:type_name -> choiros.guest.v1.Exec.EnvEntry
-	18, // 40: choiros.guest.v1.Exec.size:type_name -> choiros.guest.v1.TerminalSize
-	18, // 41: choiros.guest.v1.ExecInput.resize:type_name -> choiros.guest.v1.TerminalSize
-	25, // 42: choiros.guest.v1.Execs.execs:type_name -> choiros.guest.v1.ExecInfo
-	54, // 43: choiros.guest.v1.ExecInfo.start_time:type_name -> google.protobuf.Timestamp
-	21, // 44: choiros.guest.v1.ExecInfo.exit:type_name -> choiros.guest.v1.ExecExit
-	10, // 45: choiros.guest.v1.UpdateSecrets.secrets:type_name -> choiros.guest.v1.Secret
-	33, // 46: choiros.guest.v1.Ports.listeners:type_name -> choiros.guest.v1.Listener
-	54, // 47: choiros.guest.v1.Stats.time:type_name -> google.protobuf.Timestamp
-	36, // 48: choiros.guest.v1.Stats.top:type_name -> choiros.guest.v1.Process
-	54, // 49: choiros.guest.v1.SetTime.time:type_name -> google.protobuf.Timestamp
-	2,  // 50: choiros.guest.v1.FileInfo.kind:type_name -> choiros.guest.v1.FileInfo.Kind
-	54, // 51: choiros.guest.v1.FileInfo.modify_time:type_name -> google.protobuf.Timestamp
-	38, // 52: choiros.guest.v1.Files.files:type_name -> choiros.guest.v1.FileInfo
-	49, // 53: choiros.guest.v1.FileChanges.changes:type_name -> choiros.guest.v1.FileChange
-	3,  // 54: choiros.guest.v1.FileChange.kind:type_name -> choiros.guest.v1.FileChange.Kind
-	55, // [55:55] is the sub-list for method output_type
-	55, // [55:55] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	38, // 22: choiros.guest.v1.Request.rejoin:type_name -> choiros.guest.v1.Rejoin
+	6,  // 23: choiros.guest.v1.Response.failure:type_name -> choiros.guest.v1.Failure
+	8,  // 24: choiros.guest.v1.Response.greeting:type_name -> choiros.guest.v1.Greeting
+	11, // 25: choiros.guest.v1.Response.configured:type_name -> choiros.guest.v1.Configured
+	19, // 26: choiros.guest.v1.Response.exec_started:type_name -> choiros.guest.v1.ExecStarted
+	24, // 27: choiros.guest.v1.Response.execs:type_name -> choiros.guest.v1.Execs
+	39, // 28: choiros.guest.v1.Response.file:type_name -> choiros.guest.v1.FileInfo
+	42, // 29: choiros.guest.v1.Response.files:type_name -> choiros.guest.v1.Files
+	47, // 30: choiros.guest.v1.Response.transferred:type_name -> choiros.guest.v1.Transferred
+	28, // 31: choiros.guest.v1.Response.secrets_updated:type_name -> choiros.guest.v1.SecretsUpdated
+	0,  // 32: choiros.guest.v1.Failure.code:type_name -> choiros.guest.v1.Failure.Code
+	1,  // 33: choiros.guest.v1.Greeting.phase:type_name -> choiros.guest.v1.Greeting.Phase
+	53, // 34: choiros.guest.v1.Configure.env:type_name -> choiros.guest.v1.Configure.EnvEntry
+	10, // 35: choiros.guest.v1.Configure.secrets:type_name -> choiros.guest.v1.Secret
+	55, // 36: choiros.guest.v1.Configure.time:type_name -> google.protobuf.Timestamp
+	13, // 37: choiros.guest.v1.AwaitReady.http:type_name -> choiros.guest.v1.HttpProbe
+	14, // 38: choiros.guest.v1.AwaitReady.tcp:type_name -> choiros.guest.v1.TcpProbe
+	15, // 39: choiros.guest.v1.AwaitReady.exec:type_name -> choiros.guest.v1.ExecProbe
+	54, // 40: choiros.guest.v1.Exec.env:type_name -> choiros.guest.v1.Exec.EnvEntry
+	18, // 41: choiros.guest.v1.Exec.size:type_name -> choiros.guest.v1.TerminalSize
+	18, // 42: choiros.guest.v1.ExecInput.resize:type_name -> choiros.guest.v1.TerminalSize
+	25, // 43: choiros.guest.v1.Execs.execs:type_name -> choiros.guest.v1.ExecInfo
+	55, // 44: choiros.guest.v1.ExecInfo.start_time:type_name -> google.protobuf.Timestamp
+	21, // 45: choiros.guest.v1.ExecInfo.exit:type_name -> choiros.guest.v1.ExecExit
+	10, // 46: choiros.guest.v1.UpdateSecrets.secrets:type_name -> choiros.guest.v1.Secret
+	33, // 47: choiros.guest.v1.Ports.listeners:type_name -> choiros.guest.v1.Listener
+	55, // 48: choiros.guest.v1.Stats.time:type_name -> google.protobuf.Timestamp
+	36, // 49: choiros.guest.v1.Stats.top:type_name -> choiros.guest.v1.Process
+	55, // 50: choiros.guest.v1.SetTime.time:type_name -> google.protobuf.Timestamp
+	55, // 51: choiros.guest.v1.Rejoin.time:type_name -> google.protobuf.Timestamp
+	2,  // 52: choiros.guest.v1.FileInfo.kind:type_name -> choiros.guest.v1.FileInfo.Kind
+	55, // 53: choiros.guest.v1.FileInfo.modify_time:type_name -> google.protobuf.Timestamp
+	39, // 54: choiros.guest.v1.Files.files:type_name -> choiros.guest.v1.FileInfo
+	50, // 55: choiros.guest.v1.FileChanges.changes:type_name -> choiros.guest.v1.FileChange
+	3,  // 56: choiros.guest.v1.FileChange.kind:type_name -> choiros.guest.v1.FileChange.Kind
+	57, // [57:57] is the sub-list for method output_type
+	57, // [57:57] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_choiros_guest_v1_guest_proto_init() }
@@ -4232,6 +4323,7 @@ func file_choiros_guest_v1_guest_proto_init() {
 		(*Request_RemoveFile)(nil),
 		(*Request_MakeFolder)(nil),
 		(*Request_LendSockets)(nil),
+		(*Request_Rejoin)(nil),
 	}
 	file_choiros_guest_v1_guest_proto_msgTypes[1].OneofWrappers = []any{
 		(*Response_Greeting)(nil),
@@ -4253,14 +4345,14 @@ func file_choiros_guest_v1_guest_proto_init() {
 		(*ExecInput_Signal)(nil),
 		(*ExecInput_Detach)(nil),
 	}
-	file_choiros_guest_v1_guest_proto_msgTypes[39].OneofWrappers = []any{}
+	file_choiros_guest_v1_guest_proto_msgTypes[40].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_guest_v1_guest_proto_rawDesc), len(file_choiros_guest_v1_guest_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   50,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

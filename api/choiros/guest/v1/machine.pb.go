@@ -6,8 +6,11 @@
 // None of it is secret, and none of it is on a kernel command line. From then on
 // guestd sends what the workload prints (raw frames: kind 1 standard output,
 // kind 2 standard error) and MachineNotes, the last of them with ended set; the
-// shim sends MachineOrders. The shim takes one such connection in a life of the
-// machine, the first, which is guestd's because nothing else runs yet.
+// shim sends MachineOrders. The first such connection in a life of the machine is
+// guestd's because nothing else runs yet. When it breaks, as it does while the
+// machine's memory is saved, guestd calls again, and shows with the life's key
+// that it is guestd; the shim, perhaps another by then, answers with a new key
+// and nothing else.
 //
 // Frames are those of guest.proto. The shim does not trust what it is sent.
 
@@ -34,12 +37,66 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// What else there is to do.
+type MachineOrder_Action int32
+
+const (
+	MachineOrder_ACTION_UNSPECIFIED MachineOrder_Action = 0
+	// The machine's memory is about to be saved; see MachineNote.held.
+	MachineOrder_ACTION_HOLD MachineOrder_Action = 1
+	// It is not, after all.
+	MachineOrder_ACTION_GO_ON MachineOrder_Action = 2
+)
+
+// Enum value maps for MachineOrder_Action.
+var (
+	MachineOrder_Action_name = map[int32]string{
+		0: "ACTION_UNSPECIFIED",
+		1: "ACTION_HOLD",
+		2: "ACTION_GO_ON",
+	}
+	MachineOrder_Action_value = map[string]int32{
+		"ACTION_UNSPECIFIED": 0,
+		"ACTION_HOLD":        1,
+		"ACTION_GO_ON":       2,
+	}
+)
+
+func (x MachineOrder_Action) Enum() *MachineOrder_Action {
+	p := new(MachineOrder_Action)
+	*p = x
+	return p
+}
+
+func (x MachineOrder_Action) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MachineOrder_Action) Descriptor() protoreflect.EnumDescriptor {
+	return file_choiros_guest_v1_machine_proto_enumTypes[0].Descriptor()
+}
+
+func (MachineOrder_Action) Type() protoreflect.EnumType {
+	return &file_choiros_guest_v1_machine_proto_enumTypes[0]
+}
+
+func (x MachineOrder_Action) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MachineOrder_Action.Descriptor instead.
+func (MachineOrder_Action) EnumDescriptor() ([]byte, []int) {
+	return file_choiros_guest_v1_machine_proto_rawDescGZIP(), []int{9, 0}
+}
+
 // Awake is guestd's first word.
 type Awake struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Protocol uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
 	// guestd's own version.
-	Version       string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Version string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	// Machine.key, if guestd has called before; empty: it has not.
+	Key           []byte `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -86,6 +143,13 @@ func (x *Awake) GetVersion() string {
 		return x.Version
 	}
 	return ""
+}
+
+func (x *Awake) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
 }
 
 // Machine is what a machine is to become.
@@ -544,6 +608,7 @@ type MachineNote struct {
 	// Types that are valid to be assigned to Note:
 	//
 	//	*MachineNote_Stage
+	//	*MachineNote_Held
 	//	*MachineNote_Ended
 	Note          isMachineNote_Note `protobuf_oneof:"note"`
 	unknownFields protoimpl.UnknownFields
@@ -596,6 +661,15 @@ func (x *MachineNote) GetStage() string {
 	return ""
 }
 
+func (x *MachineNote) GetHeld() bool {
+	if x != nil {
+		if x, ok := x.Note.(*MachineNote_Held); ok {
+			return x.Held
+		}
+	}
+	return false
+}
+
 func (x *MachineNote) GetEnded() *Ended {
 	if x != nil {
 		if x, ok := x.Note.(*MachineNote_Ended); ok {
@@ -614,6 +688,12 @@ type MachineNote_Stage struct {
 	Stage string `protobuf:"bytes,1,opt,name=stage,proto3,oneof"`
 }
 
+type MachineNote_Held struct {
+	// The order to hold is obeyed: what is on disks is written, and nothing
+	// more is sent until the order to go on, or until guestd has called again.
+	Held bool `protobuf:"varint,3,opt,name=held,proto3,oneof"`
+}
+
 type MachineNote_Ended struct {
 	// The last note: the workload, or guestd before it, has ended. guestd
 	// switches the machine off next.
@@ -621,6 +701,8 @@ type MachineNote_Ended struct {
 }
 
 func (*MachineNote_Stage) isMachineNote_Note() {}
+
+func (*MachineNote_Held) isMachineNote_Note() {}
 
 func (*MachineNote_Ended) isMachineNote_Note() {}
 
@@ -691,8 +773,9 @@ func (x *Ended) GetMessage() string {
 // MachineOrder is what the shim tells guestd.
 type MachineOrder struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// A signal's number, as if guestd had been sent it.
-	Signal        int32 `protobuf:"varint,1,opt,name=signal,proto3" json:"signal,omitempty"`
+	// A signal's number, as if guestd had been sent it; 0: none.
+	Signal        int32               `protobuf:"varint,1,opt,name=signal,proto3" json:"signal,omitempty"`
+	Action        MachineOrder_Action `protobuf:"varint,2,opt,name=action,proto3,enum=choiros.guest.v1.MachineOrder_Action" json:"action,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -734,14 +817,22 @@ func (x *MachineOrder) GetSignal() int32 {
 	return 0
 }
 
+func (x *MachineOrder) GetAction() MachineOrder_Action {
+	if x != nil {
+		return x.Action
+	}
+	return MachineOrder_ACTION_UNSPECIFIED
+}
+
 var File_choiros_guest_v1_machine_proto protoreflect.FileDescriptor
 
 const file_choiros_guest_v1_machine_proto_rawDesc = "" +
 	"\n" +
-	"\x1echoiros/guest/v1/machine.proto\x12\x10choiros.guest.v1\"=\n" +
+	"\x1echoiros/guest/v1/machine.proto\x12\x10choiros.guest.v1\"O\n" +
 	"\x05Awake\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x18\n" +
-	"\aversion\x18\x02 \x01(\tR\aversion\"\xb3\x02\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\x12\x10\n" +
+	"\x03key\x18\x03 \x01(\fR\x03key\"\xb3\x02\n" +
 	"\aMachine\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12*\n" +
 	"\x04root\x18\x02 \x01(\v2\x16.choiros.guest.v1.RootR\x04root\x120\n" +
@@ -778,18 +869,24 @@ const file_choiros_guest_v1_machine_proto_rawDesc = "" +
 	"workingDir\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"^\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"t\n" +
 	"\vMachineNote\x12\x16\n" +
-	"\x05stage\x18\x01 \x01(\tH\x00R\x05stage\x12/\n" +
+	"\x05stage\x18\x01 \x01(\tH\x00R\x05stage\x12\x14\n" +
+	"\x04held\x18\x03 \x01(\bH\x00R\x04held\x12/\n" +
 	"\x05ended\x18\x02 \x01(\v2\x17.choiros.guest.v1.EndedH\x00R\x05endedB\x06\n" +
 	"\x04note\"T\n" +
 	"\x05Ended\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x1d\n" +
 	"\n" +
 	"oom_killed\x18\x02 \x01(\bR\toomKilled\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"&\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\xaa\x01\n" +
 	"\fMachineOrder\x12\x16\n" +
-	"\x06signal\x18\x01 \x01(\x05R\x06signalB7Z5github.com/choiros/agent/api/choiros/guest/v1;guestv1b\x06proto3"
+	"\x06signal\x18\x01 \x01(\x05R\x06signal\x12=\n" +
+	"\x06action\x18\x02 \x01(\x0e2%.choiros.guest.v1.MachineOrder.ActionR\x06action\"C\n" +
+	"\x06Action\x12\x16\n" +
+	"\x12ACTION_UNSPECIFIED\x10\x00\x12\x0f\n" +
+	"\vACTION_HOLD\x10\x01\x12\x10\n" +
+	"\fACTION_GO_ON\x10\x02B7Z5github.com/choiros/agent/api/choiros/guest/v1;guestv1b\x06proto3"
 
 var (
 	file_choiros_guest_v1_machine_proto_rawDescOnce sync.Once
@@ -803,33 +900,36 @@ func file_choiros_guest_v1_machine_proto_rawDescGZIP() []byte {
 	return file_choiros_guest_v1_machine_proto_rawDescData
 }
 
+var file_choiros_guest_v1_machine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_choiros_guest_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_choiros_guest_v1_machine_proto_goTypes = []any{
-	(*Awake)(nil),        // 0: choiros.guest.v1.Awake
-	(*Machine)(nil),      // 1: choiros.guest.v1.Machine
-	(*Root)(nil),         // 2: choiros.guest.v1.Root
-	(*DataDisk)(nil),     // 3: choiros.guest.v1.DataDisk
-	(*Share)(nil),        // 4: choiros.guest.v1.Share
-	(*Network)(nil),      // 5: choiros.guest.v1.Network
-	(*Workload)(nil),     // 6: choiros.guest.v1.Workload
-	(*MachineNote)(nil),  // 7: choiros.guest.v1.MachineNote
-	(*Ended)(nil),        // 8: choiros.guest.v1.Ended
-	(*MachineOrder)(nil), // 9: choiros.guest.v1.MachineOrder
-	nil,                  // 10: choiros.guest.v1.Workload.EnvEntry
+	(MachineOrder_Action)(0), // 0: choiros.guest.v1.MachineOrder.Action
+	(*Awake)(nil),            // 1: choiros.guest.v1.Awake
+	(*Machine)(nil),          // 2: choiros.guest.v1.Machine
+	(*Root)(nil),             // 3: choiros.guest.v1.Root
+	(*DataDisk)(nil),         // 4: choiros.guest.v1.DataDisk
+	(*Share)(nil),            // 5: choiros.guest.v1.Share
+	(*Network)(nil),          // 6: choiros.guest.v1.Network
+	(*Workload)(nil),         // 7: choiros.guest.v1.Workload
+	(*MachineNote)(nil),      // 8: choiros.guest.v1.MachineNote
+	(*Ended)(nil),            // 9: choiros.guest.v1.Ended
+	(*MachineOrder)(nil),     // 10: choiros.guest.v1.MachineOrder
+	nil,                      // 11: choiros.guest.v1.Workload.EnvEntry
 }
 var file_choiros_guest_v1_machine_proto_depIdxs = []int32{
-	2,  // 0: choiros.guest.v1.Machine.root:type_name -> choiros.guest.v1.Root
-	3,  // 1: choiros.guest.v1.Machine.disks:type_name -> choiros.guest.v1.DataDisk
-	4,  // 2: choiros.guest.v1.Machine.shares:type_name -> choiros.guest.v1.Share
-	5,  // 3: choiros.guest.v1.Machine.network:type_name -> choiros.guest.v1.Network
-	6,  // 4: choiros.guest.v1.Machine.workload:type_name -> choiros.guest.v1.Workload
-	10, // 5: choiros.guest.v1.Workload.env:type_name -> choiros.guest.v1.Workload.EnvEntry
-	8,  // 6: choiros.guest.v1.MachineNote.ended:type_name -> choiros.guest.v1.Ended
-	7,  // [7:7] is the sub-list for method output_type
-	7,  // [7:7] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	3,  // 0: choiros.guest.v1.Machine.root:type_name -> choiros.guest.v1.Root
+	4,  // 1: choiros.guest.v1.Machine.disks:type_name -> choiros.guest.v1.DataDisk
+	5,  // 2: choiros.guest.v1.Machine.shares:type_name -> choiros.guest.v1.Share
+	6,  // 3: choiros.guest.v1.Machine.network:type_name -> choiros.guest.v1.Network
+	7,  // 4: choiros.guest.v1.Machine.workload:type_name -> choiros.guest.v1.Workload
+	11, // 5: choiros.guest.v1.Workload.env:type_name -> choiros.guest.v1.Workload.EnvEntry
+	9,  // 6: choiros.guest.v1.MachineNote.ended:type_name -> choiros.guest.v1.Ended
+	0,  // 7: choiros.guest.v1.MachineOrder.action:type_name -> choiros.guest.v1.MachineOrder.Action
+	8,  // [8:8] is the sub-list for method output_type
+	8,  // [8:8] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_choiros_guest_v1_machine_proto_init() }
@@ -839,6 +939,7 @@ func file_choiros_guest_v1_machine_proto_init() {
 	}
 	file_choiros_guest_v1_machine_proto_msgTypes[7].OneofWrappers = []any{
 		(*MachineNote_Stage)(nil),
+		(*MachineNote_Held)(nil),
 		(*MachineNote_Ended)(nil),
 	}
 	type x struct{}
@@ -846,13 +947,14 @@ func file_choiros_guest_v1_machine_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_guest_v1_machine_proto_rawDesc), len(file_choiros_guest_v1_machine_proto_rawDesc)),
-			NumEnums:      0,
+			NumEnums:      1,
 			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
 		GoTypes:           file_choiros_guest_v1_machine_proto_goTypes,
 		DependencyIndexes: file_choiros_guest_v1_machine_proto_depIdxs,
+		EnumInfos:         file_choiros_guest_v1_machine_proto_enumTypes,
 		MessageInfos:      file_choiros_guest_v1_machine_proto_msgTypes,
 	}.Build()
 	File_choiros_guest_v1_machine_proto = out.File
