@@ -72,9 +72,11 @@ fuzz: go-present ## fuzz each parser for a while (FUZZTIME, 20s)
 	@test/fuzz $(or $(FUZZTIME),20s)
 
 .PHONY: bench
-bench: build images guest-kit env ## measure, side by side with podman's own command line
-	@$(GO) test -tags "$(TAGS)" -c -o .cache/bench.test ./cmd/agent
-	@cd cmd/agent && $(ENV) exec $(CURDIR)/.cache/bench.test -test.run '^$$' -test.bench . -test.benchtime 5s -test.timeout 30m
+bench: build images guest-kit env ## measure, side by side with podman's own command line, QEMU alone and tar
+	@for package in cmd/agent internal/image; do \
+		$(GO) test -tags "$(TAGS)" -c -o .cache/bench.test ./$$package && \
+		(cd $$package && $(ENV) exec $(CURDIR)/.cache/bench.test -test.run '^$$' -test.bench . -test.benchtime 5s -test.timeout 40m) || exit; \
+	done
 
 .PHONY: generate
 generate: go-present ## generate Go from api/

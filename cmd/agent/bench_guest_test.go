@@ -75,40 +75,44 @@ func (h *crashHost) exec(ctx context.Context, name string, command ...string) er
 // this machine if ok is false.
 func writeTrue(b *testing.B, file string) (ok bool) {
 	b.Helper()
-	machines := map[string]struct {
-		machine elf.Machine
-		code    string
-	}{
-		"amd64": {elf.EM_X86_64, "\xb8\x3c\x00\x00\x00\x31\xff\x0f\x05"},              // mov $60, %eax; xor %edi, %edi; syscall
-		"arm64": {elf.EM_AARCH64, "\x00\x00\x80\xd2\xa8\x0b\x80\xd2\x01\x00\x00\xd4"}, // mov x0, #0; mov x8, #93; svc #0
-	}
-	of, ok := machines[runtime.GOARCH]
+	code, ok := map[string]string{
+		"amd64": "\xb8\x3c\x00\x00\x00\x31\xff\x0f\x05",             // mov $60, %eax; xor %edi, %edi; syscall
+		"arm64": "\x00\x00\x80\xd2\xa8\x0b\x80\xd2\x01\x00\x00\xd4", // mov x0, #0; mov x8, #93; svc #0
+	}[runtime.GOARCH]
 	if !ok {
 		return false
 	}
+	if err := os.WriteFile(file, executable(b, code), 0o755); err != nil { //nolint:gosec // A program.
+		b.Fatal(err)
+	}
+	return true
+}
+
+// executable is a program with these instructions, of this machine's, and
+// no others.
+func executable(b *testing.B, code string) []byte {
+	b.Helper()
+	machine := map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}[runtime.GOARCH]
 	const base, headers = 0x400000, 64 + 56
-	size := uint64(headers + len(of.code))
-	var program bytes.Buffer
+	size := uint64(headers + len(code))
+	var file bytes.Buffer
 	for _, part := range []any{
 		elf.Header64{
 			Ident: [elf.EI_NIDENT]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)},
-			Type:  uint16(elf.ET_EXEC), Machine: uint16(of.machine), Version: uint32(elf.EV_CURRENT),
+			Type:  uint16(elf.ET_EXEC), Machine: uint16(machine), Version: uint32(elf.EV_CURRENT),
 			Entry: base + headers, Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 1,
 		},
 		elf.Prog64{
 			Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_X),
 			Vaddr: base, Paddr: base, Filesz: size, Memsz: size, Align: 0x1000,
 		},
-		[]byte(of.code),
+		[]byte(code),
 	} {
-		if err := binary.Write(&program, binary.LittleEndian, part); err != nil {
+		if err := binary.Write(&file, binary.LittleEndian, part); err != nil {
 			b.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(file, program.Bytes(), 0o755); err != nil { //nolint:gosec // A program.
-		b.Fatal(err)
-	}
-	return true
+	return file.Bytes()
 }
 
 // BenchmarkExec is a command from asking to its exit code, against
