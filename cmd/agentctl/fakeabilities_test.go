@@ -38,6 +38,21 @@ func (f *fakeAgent) ResumeSandbox(_ context.Context, req *agentv1.ResumeSandboxR
 	return &agentv1.ResumeSandboxResponse{Sandbox: s.resumed()}, nil
 }
 
+func (f *fakeAgent) HibernateSandbox(_ context.Context, req *agentv1.HibernateSandboxRequest) (*agentv1.HibernateSandboxResponse, error) {
+	s, err := f.get(req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	running := s.running != nil
+	s.running = nil
+	f.mu.Unlock()
+	if !running {
+		return nil, fail(fmt.Errorf("hibernate %s: it is stopped: %w", req.GetName(), sandbox.ErrState), req.GetName())
+	}
+	return &agentv1.HibernateSandboxResponse{Sandbox: s.set(func(st *agentv1.SandboxStatus) { st.Phase = agentv1.Phase_PHASE_HIBERNATED })}, nil
+}
+
 func (s *fakeSandbox) resumed() *agentv1.Sandbox {
 	return s.set(func(st *agentv1.SandboxStatus) {
 		if st.GetPhase() == agentv1.Phase_PHASE_PAUSED {

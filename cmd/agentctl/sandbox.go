@@ -27,7 +27,7 @@ func (a *app) sandboxCommand() *cobra.Command {
   agentctl sandbox delete web`,
 	}
 	cmd.AddCommand(a.sandboxStart(), a.sandboxStop(), a.sandboxRestart(), a.sandboxDelete(), a.sandboxList(),
-		a.sandboxPause(), a.sandboxResume(), a.sandboxShow(), a.sandboxLogs(), a.sandboxWatch(), a.sandboxExec(),
+		a.sandboxPause(), a.sandboxResume(), a.sandboxHibernate(), a.sandboxShow(), a.sandboxLogs(), a.sandboxWatch(), a.sandboxExec(),
 		a.sandboxShell(), a.sandboxConsole(), a.sandboxCopy(), a.sandboxUpdate(), a.sandboxTouch())
 	return cmd
 }

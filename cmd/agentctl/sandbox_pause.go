@@ -44,3 +44,23 @@ func (a *app) sandboxResume() *cobra.Command {
 		},
 	}
 }
+
+func (a *app) sandboxHibernate() *cobra.Command {
+	return &cobra.Command{
+		Use:   "hibernate NAME...",
+		Short: "Keep the memory of sandboxes on disk and end them",
+		Long: `Keep the memory of sandboxes that are ready on disk, sealed, and end them, on
+drivers that can. They take no memory then. Their next start, or the next
+connection to one of their ports, goes on from there, once. After a restart of
+the host, or if their size or disks were changed, they boot as ever.`,
+		Example:           "  agentctl sandbox hibernate web\n  agentctl sandbox start web",
+		Args:              atLeastOne("NAME"),
+		ValidArgsFunction: a.completeNames(-1),
+		RunE: func(cmd *cobra.Command, names []string) error {
+			return a.each(cmd.Context(), names, "hibernated", func(ctx context.Context, c *client, name string) (any, error) {
+				answer, err := c.sandboxes.HibernateSandbox(ctx, &agentv1.HibernateSandboxRequest{Name: name, RequestId: requestID()})
+				return answer.GetSandbox(), err
+			})
+		},
+	}
+}

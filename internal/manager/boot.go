@@ -149,13 +149,17 @@ func (m *Manager) boot(ctx context.Context, e *entry, from origin) error {
 			return err
 		}
 	}
-	if err := m.awaitReady(ctx, drv, e, secretValues(set)); err != nil {
+	err = m.awaitReady(ctx, drv, e, secretValues(set))
+	if errors.Is(err, errStale) {
+		obs, err = m.afresh(ctx, drv, e, secretValues(set))
+	}
+	if err != nil {
 		return m.bootFailed(ctx, drv, e, from, err)
 	}
 	e.noteGiven(e.rec.Spec, set)
 	m.step("boot:done")
 	err = m.put(e, func(r *store.Record) {
-		r.Desired, r.Pending, r.Paused = store.DesiredRunning, store.PendingNone, false
+		r.Desired, r.Pending, r.Paused, r.Hibernated = store.DesiredRunning, store.PendingNone, false, false
 	}, m.becomeReady(e, obs))
 	if err != nil {
 		// It runs and its intent is on disk as a boot under way: the next
@@ -267,7 +271,11 @@ func (m *Manager) prepare(ctx context.Context, drv sandbox.Driver, e *entry, sta
 type endedError struct{ obs sandbox.Observation }
 
 func (e *endedError) Error() string {
-	return "the workload ended before it was ready, with status " + exitText(e.obs)
+	text := "the workload ended before it was ready, with status " + exitText(e.obs)
+	if e.obs.Detail != "" {
+		text += ": " + e.obs.Detail
+	}
+	return text
 }
 
 func (e *endedError) Unwrap() error { return sandbox.ErrEnded }
@@ -362,8 +370,11 @@ func (m *Manager) refuse(e *entry, err error) {
 func (m *Manager) settle(e *entry) {
 	e.admitted.Store(false)
 	phase, reason := PhaseStopped, e.rec.Reason
-	if e.rec.Failure != "" {
+	switch {
+	case e.rec.Failure != "":
 		phase = PhaseFailed
+	case e.rec.Hibernated:
+		phase = PhaseHibernated
 	}
 	m.see(e, enter(phase, reason, e.rec.Failure))
 }
@@ -374,6 +385,7 @@ func (m *Manager) stopFailed(ctx context.Context, drv sandbox.Driver, e *entry, 
 	reason := sandbox.FailureOf(cause).Reason
 	err := m.put(e, func(r *store.Record) {
 		r.Pending, r.Grace, r.Reason, r.Failure = store.PendingStop, rollbackGrace, reason, cause.Error()
+		r.Hibernated = false
 		if !again {
 			r.Desired = store.DesiredStopped
 		}

@@ -120,14 +120,14 @@ func (m *Manager) draft(ctx context.Context, req CreateRequest) (store.Record, e
 	if err := spec.Validate(); err != nil {
 		return store.Record{}, err
 	}
-	if err := refuseUnsupported(spec); err != nil {
-		return store.Record{}, err
-	}
 	drv, err := m.driver(spec.Driver)
 	if err != nil {
 		return store.Record{}, err
 	}
 	if err := checkEgress(drv, spec); err != nil {
+		return store.Record{}, err
+	}
+	if err := m.checkIdle(spec); err != nil {
 		return store.Record{}, err
 	}
 	if err := m.checkSecrets(spec); err != nil {
@@ -174,14 +174,6 @@ func (m *Manager) askDriver(ctx context.Context, drv sandbox.Driver, spec sandbo
 	defer cancel()
 	spec.Resources = resources
 	return deadlined(ctx, validator.Validate(ctx, spec))
-}
-
-// refuseUnsupported refuses what the API knows and this agent does not do.
-func refuseUnsupported(spec sandbox.Spec) error {
-	if spec.Idle.Action == sandbox.IdleHibernate {
-		return sandbox.Unsupportedf("spec.idle.action", "no driver of this agent hibernates; use stop")
-	}
-	return nil
 }
 
 // resources are those in force for a spec: its own, then its class's.

@@ -92,7 +92,7 @@ func (m *Manager) newLife(e *entry) error {
 	return m.put(e, func(r *store.Record) {
 		r.Desired, r.Pending, r.HostBoot = store.DesiredRunning, store.PendingBoot, m.hostBoot
 		r.Generation++
-		r.Reason, r.Failure, r.Paused = "", "", false
+		r.Reason, r.Failure, r.Paused, r.Hibernated = "", "", false, false
 	}, nil)
 }
 

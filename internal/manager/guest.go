@@ -136,14 +136,16 @@ func (b *bringUp) run(ctx context.Context) error {
 	entropy := make([]byte, entropyBytes)
 	_, _ = rand.Read(entropy) // never fails, see crypto/rand
 	b.manager.step("boot:configure")
-	err := b.insist(ctx, func() error {
-		err := b.guest.Configure(ctx, guest.Configuration{
-			Generation: e.rec.Generation, Hostname: e.name, Secrets: b.values, Entropy: entropy,
-		})
-		// It may have got it even if it did not come to answer.
-		b.begun = b.begun || err == nil || errors.Is(err, sandbox.ErrGuest)
-		return err
-	})
+	back := false
+	var err error
+	if e.rec.Hibernated {
+		if back, err = b.rejoin(ctx, entropy); err != nil {
+			return err
+		}
+	}
+	if !back {
+		err = b.configure(ctx, entropy)
+	}
 	if errors.Is(err, sandbox.ErrNotFound) || errors.Is(err, sandbox.ErrDenied) {
 		return &sandbox.FieldError{Field: "spec.command", Problem: err.Error()}
 	}
@@ -154,6 +156,19 @@ func (b *bringUp) run(ctx context.Context) error {
 	b.manager.step("boot:probe")
 	return b.insist(ctx, func() error {
 		return b.guest.AwaitReady(ctx, e.rec.Spec.Readiness, func(note string) { b.last = note })
+	})
+}
+
+// configure gives guestd what the workload needs, until it has answered.
+func (b *bringUp) configure(ctx context.Context, entropy []byte) error {
+	e := b.entry
+	return b.insist(ctx, func() error {
+		err := b.guest.Configure(ctx, guest.Configuration{
+			Generation: e.rec.Generation, Hostname: e.name, Secrets: b.values, Entropy: entropy,
+		})
+		// It may have got it even if it did not come to answer.
+		b.begun = b.begun || err == nil || errors.Is(err, sandbox.ErrGuest)
+		return err
 	})
 }
 

@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"slices"
 	"time"
+
+	"github.com/choiros/agent/internal/sandbox"
 )
 
 // stopsPerPass bounds how many sandboxes one look stops for want of memory, so
@@ -112,6 +114,12 @@ func (m *Manager) stopIfIdle(e *entry, since time.Time) {
 			enter(before.Phase, before.Reason, before.Message)(s)
 			s.ReadyAt = before.ReadyAt
 		})
+		return
+	}
+	if e.rec.Spec.Idle.Action == sandbox.IdleHibernate {
+		if err := m.hibernate(m.life, e, "IDLE"); err != nil {
+			m.log.Error("idle hibernation failed", "sandbox", e.name, "err", err)
+		}
 		return
 	}
 	if err := m.stop(m.life, e, idleGrace, "IDLE"); err != nil {

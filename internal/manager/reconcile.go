@@ -76,6 +76,10 @@ func (m *Manager) reconcile(ctx context.Context, e *entry) {
 	switch {
 	case e.rec.Pending == store.PendingCreate:
 		m.resumeCreate(ctx, e)
+	case e.rec.Pending == store.PendingHibernate:
+		if err := m.settleHibernate(ctx, drv, e, nil); err != nil {
+			m.log.Warn("hibernation not finished", "sandbox", e.name, "err", err)
+		}
 	case e.rec.Pending == store.PendingStop:
 		m.resumeStop(ctx, drv, e)
 	case e.rec.Desired == store.DesiredRunning:
@@ -85,6 +89,9 @@ func (m *Manager) reconcile(ctx context.Context, e *entry) {
 		e.rec.Grace = DefaultGrace
 		m.resumeStop(ctx, drv, e)
 	default:
+		if e.rec.Hibernated && !obs.Saved {
+			m.loseHibernation(e)
+		}
 		m.settle(e)
 	}
 }

@@ -11,16 +11,17 @@ type Phase string
 
 // The phases. See Phase in sandbox.proto for what each means.
 const (
-	PhaseUnknown  Phase = "unknown"
-	PhaseCreating Phase = "creating"
-	PhaseStopped  Phase = "stopped"
-	PhaseStarting Phase = "starting"
-	PhaseReady    Phase = "ready"
-	PhaseBackoff  Phase = "backoff"
-	PhaseStopping Phase = "stopping"
-	PhaseFailed   Phase = "failed"
-	PhaseDeleting Phase = "deleting"
-	PhasePaused   Phase = "paused"
+	PhaseUnknown    Phase = "unknown"
+	PhaseCreating   Phase = "creating"
+	PhaseStopped    Phase = "stopped"
+	PhaseStarting   Phase = "starting"
+	PhaseReady      Phase = "ready"
+	PhaseBackoff    Phase = "backoff"
+	PhaseStopping   Phase = "stopping"
+	PhaseFailed     Phase = "failed"
+	PhaseDeleting   Phase = "deleting"
+	PhasePaused     Phase = "paused"
+	PhaseHibernated Phase = "hibernated"
 )
 
 // Desired is what the agent works towards.

@@ -64,7 +64,7 @@ func (m *Manager) stop(ctx context.Context, e *entry, grace time.Duration, reaso
 	m.step("stop:intent")
 	err = m.put(e, func(r *store.Record) {
 		r.Desired, r.Pending, r.Grace = store.DesiredStopped, store.PendingStop, grace
-		r.Reason, r.Failure, r.Paused = reason, "", false
+		r.Reason, r.Failure, r.Paused, r.Hibernated = reason, "", false, false
 	}, enter(PhaseStopping, reason, ""))
 	if err != nil {
 		return fmt.Errorf("stop %s: %w", e.name, err)
@@ -237,7 +237,7 @@ func (m *Manager) restart(ctx context.Context, e *entry, grace time.Duration, re
 	m.step("restart:intent")
 	err = m.put(e, func(r *store.Record) {
 		r.Desired, r.Pending, r.Grace = store.DesiredRunning, store.PendingStop, grace
-		r.Reason, r.Failure, r.Restarted, r.Paused = "", "", req, false
+		r.Reason, r.Failure, r.Restarted, r.Paused, r.Hibernated = "", "", req, false, false
 	}, enter(PhaseStopping, "RESTARTING", ""))
 	if err != nil {
 		return fmt.Errorf("restart %s: %w", e.name, err)

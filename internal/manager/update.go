@@ -78,11 +78,11 @@ func (m *Manager) checkUpdate(spec sandbox.Spec, req UpdateRequest) (sandbox.Spe
 	if err := spec.Validate(); err != nil {
 		return spec, err
 	}
-	if err := refuseUnsupported(spec); err != nil {
-		return spec, err
-	}
 	drv, err := m.driver(spec.Driver)
 	if err != nil {
+		return spec, err
+	}
+	if err := m.checkIdle(spec); err != nil {
 		return spec, err
 	}
 	return spec, checkEgress(drv, spec)

@@ -197,6 +197,9 @@ type Pauser interface {
 // Hibernator is implemented by drivers that can end a sandbox and keep what is
 // in its memory, so that its next life goes on from there.
 type Hibernator interface {
+	// CheckHibernate refuses a spec whose sandboxes cannot be hibernated, with
+	// an error that wraps ErrUnsupported and says what keeps them from it.
+	CheckHibernate(spec Spec) error
 	// Hibernate saves the memory of a sandbox that runs, and ends its life;
 	// Inspect says Saved then. What was saved is sealed, used by one Start at
 	// most, and gone before anything runs from it; if anything that it depends

@@ -1,6 +1,10 @@
 package server_test
 
 import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
 	"github.com/choiros/agent/internal/manager"
@@ -95,6 +100,147 @@ func TestSameImageGivesTheSameInContainerAndMachine(t *testing.T) {
 			t.Errorf("%s in a container and in a machine:\n%s", name, diff)
 		}
 	}
+}
+
+// TestMachineHibernatesAndAConnectionWakesIt has what is in a machine's memory,
+// and on its data disk, outlive its sleep, and its secret be nowhere on disk.
+func TestMachineHibernatesAndAConnectionWakesIt(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it boots machines")
+	}
+	root := vmtest.Backend(t)
+	resolver, err := secrets.New(secrets.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	agent := startAgent(t, agentOptions{
+		Drivers: func(string) map[string]sandbox.Driver { return map[string]sandbox.Driver{"vm": openMachines(t, root)} },
+		Manager: manager.Config{Secrets: resolver},
+	})
+	conn := agent.Dial(t)
+	client := agentv1.NewSandboxServiceClient(conn)
+	options, err := structpb.NewStruct(map[string]any{"disk_mib": 64}) // for it is searched
+	if err != nil {
+		t.Fatal(err)
+	}
+	const canary = "canary-of-a-memory-that-was-saved"
+	disks := t.TempDir()
+	created, err := client.CreateSandbox(t.Context(), &agentv1.CreateSandboxRequest{
+		Sandbox: &agentv1.Sandbox{Name: "sleeper", Spec: &agentv1.SandboxSpec{
+			Driver: "vm", Source: &agentv1.SandboxSpec_Image{Image: image.RootName}, Command: []string{"listen", "127.0.0.1:8080"},
+			Mounts:        []*agentv1.Mount{{Kind: agentv1.Mount_KIND_DISK, Source: filepath.Join(disks, "data.img"), Target: "/data", SizeMib: 64}},
+			DriverOptions: options,
+			Secrets:       []*agentv1.SecretRef{{Name: "TOKEN", Source: "inline:t"}},
+			Ports:         []*agentv1.Port{{GuestPort: 8080}},
+			Resources:     &agentv1.Resources{CpuMillis: 1000, MemoryMib: 192},
+			Readiness: &agentv1.Readiness{
+				Probe: &agentv1.Readiness_Tcp{Tcp: &agentv1.TcpProbe{Port: 8080}}, Timeout: durationpb.New(5 * time.Minute),
+			},
+		}},
+		Start: true, SecretValues: map[string][]byte{"t": []byte(canary)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := created.GetSandbox().GetStatus().GetEndpoints()[0].GetAddress()
+	say := func(what string) {
+		t.Helper()
+		// One that sleeps is woken, which may take longer than a client waits.
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(4 * time.Minute))
+		heard := make([]byte, len(what))
+		_, err = conn.Write([]byte(what))
+		if err == nil {
+			_, err = io.ReadFull(conn, heard)
+		}
+		if err != nil || string(heard) != what {
+			t.Fatalf("said %q, heard %q, %v", what, heard, err)
+		}
+	}
+	run := func(command ...string) string {
+		t.Helper()
+		r, err := exec(t, conn, &agentv1.ExecStart{Name: "sleeper", Command: command, NoStdin: true}, nil)
+		if err != nil || r.exit.GetCode() != 0 {
+			t.Fatalf("%q: %+v, %v", command, r, err)
+		}
+		return r.stdout
+	}
+	say("awake")
+	run("/workload", "touch", "/dev/shm/memory")
+	run("/workload", "touch", "/data/disk")
+
+	hibernated, err := client.HibernateSandbox(t.Context(), &agentv1.HibernateSandboxRequest{Name: "sleeper", RequestId: "once"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := hibernated.GetSandbox().GetStatus(); s.GetPhase() != agentv1.Phase_PHASE_HIBERNATED || s.GetGeneration() != 1 {
+		t.Errorf("hibernated: %v", s)
+	}
+	vmtest.CheckNoProcess(t, root)
+	for _, dir := range []string{agent.Store.Dir(), filepath.Dir(root), disks} {
+		if found := search(t, dir, canary); len(found) > 0 {
+			t.Errorf("the secret is in %v", found)
+		}
+	}
+
+	say("woken")
+	got, err := client.GetSandbox(t.Context(), &agentv1.GetSandboxRequest{Name: "sleeper"})
+	if s := got.GetSandbox().GetStatus(); err != nil || s.GetPhase() != agentv1.Phase_PHASE_READY || s.GetGeneration() != 2 {
+		t.Errorf("woken: %v, %v", s, err)
+	}
+	run("/workload", "test-file", "/dev/shm/memory")
+	run("/workload", "test-file", "/data/disk")
+	if env := run("/workload", "env", "TOKEN"); env != "TOKEN="+canary+"\n" {
+		t.Errorf("its environment has %q", env)
+	}
+	// A retry is the request that was answered.
+	if _, err := client.HibernateSandbox(t.Context(), &agentv1.HibernateSandboxRequest{Name: "sleeper", RequestId: "once"}); err != nil {
+		t.Error(err)
+	}
+	say("not put to sleep again")
+	if _, err := client.DeleteSandbox(t.Context(), &agentv1.DeleteSandboxRequest{Name: "sleeper"}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// search returns the files below dir in which text is.
+func search(t *testing.T, dir, text string) []string {
+	t.Helper()
+	var found []string
+	err := filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return err
+		}
+		file, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		// Blocks that overlap, so that it is found wherever it is.
+		block, kept := make([]byte, 1<<20), 0
+		for {
+			n, err := file.Read(block[kept:])
+			if bytes.Contains(block[:kept+n], []byte(text)) {
+				found = append(found, path)
+				return nil
+			}
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			kept = copy(block, block[max(0, kept+n-len(text)):kept+n])
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
 }
 
 func openMachines(t *testing.T, root string) sandbox.Driver {

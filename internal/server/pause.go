@@ -39,3 +39,19 @@ func (s *sandboxService) ResumeSandbox(
 			return &agentv1.ResumeSandboxResponse{Sandbox: sandboxToWire(sb)}, nil
 		})
 }
+
+func (s *sandboxService) HibernateSandbox(
+	ctx context.Context, req *agentv1.HibernateSandboxRequest,
+) (*agentv1.HibernateSandboxResponse, error) {
+	if err := sandbox.ValidateName("name", req.GetName()); err != nil {
+		return nil, err
+	}
+	return once(ctx, s.manager, req.GetRequestId(), req,
+		func(ctx context.Context, _ manager.Request) (*agentv1.HibernateSandboxResponse, error) {
+			sb, err := s.manager.Hibernate(ctx, req.GetName())
+			if err != nil {
+				return nil, err
+			}
+			return &agentv1.HibernateSandboxResponse{Sandbox: sandboxToWire(sb)}, nil
+		})
+}

@@ -118,6 +118,8 @@ func phaseToWire(p manager.Phase) agentv1.Phase {
 		return agentv1.Phase_PHASE_FAILED
 	case manager.PhaseDeleting:
 		return agentv1.Phase_PHASE_DELETING
+	case manager.PhaseHibernated:
+		return agentv1.Phase_PHASE_HIBERNATED
 	case manager.PhasePaused:
 		return agentv1.Phase_PHASE_PAUSED
 	default:

@@ -33,6 +33,8 @@ const (
 	PendingCreate Pending = "create" // artefacts are being made
 	PendingBoot   Pending = "boot"   // a boot of Record.Generation is under way
 	PendingStop   Pending = "stop"   // being stopped; Desired says what comes next
+	// Its memory is being saved; if it was not, it is stopped.
+	PendingHibernate Pending = "hibernate"
 )
 
 // Record is what was asked for of one sandbox. Its JSON names are for ever.
@@ -57,6 +59,8 @@ type Record struct {
 	Resources sandbox.Resources `json:"resources,omitzero"`
 	// Paused says that it is halted; of one that is meant to run.
 	Paused bool `json:"paused,omitempty"`
+	// Hibernated says that its next boot goes on from the memory that it had.
+	Hibernated bool `json:"hibernated,omitempty"`
 	// EgressDue says that the driver may not have Spec.Egress yet.
 	EgressDue bool `json:"egress_due,omitempty"`
 	// Leases are the host ports that are the sandbox's, until it is deleted.
@@ -124,7 +128,7 @@ func decodeRecord(data []byte, name string) (Record, error) {
 		return Record{}, fmt.Errorf("its desired state is %q", rec.Desired)
 	}
 	switch rec.Pending {
-	case PendingNone, PendingCreate, PendingBoot, PendingStop:
+	case PendingNone, PendingCreate, PendingBoot, PendingStop, PendingHibernate:
 	default:
 		return Record{}, fmt.Errorf("its pending intent is %q", rec.Pending)
 	}

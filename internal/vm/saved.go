@@ -174,7 +174,7 @@ func (l *life) knows(key []byte) bool {
 // error the machine goes on as it was.
 func (l *life) hibernate(keyFile string) error {
 	if len(l.plan.Shares) > 0 {
-		return fmt.Errorf("%w: it has shares, whose files cannot be found again by a memory that is restored; keep data on disks", ErrCannotSave)
+		return fmt.Errorf("%w: it has shares", ErrCannotSave)
 	}
 	l.changing.Lock()
 	defer l.changing.Unlock()
@@ -277,6 +277,16 @@ func (l *life) sleep(keyFile string) shim.End {
 		return shim.End{ExitCode: 128 + int(sigTerm), Detail: "its memory was lost: " + printable(err.Error())}
 	}
 	return shim.End{Detail: "hibernated"}
+}
+
+// CheckHibernate implements sandbox.Hibernator.
+func (d *Driver) CheckHibernate(spec sandbox.Spec) error {
+	for _, m := range spec.Mounts {
+		if m.Kind != sandbox.MountDisk {
+			return fmt.Errorf("%s is a share, whose open files a memory that is restored cannot find again; keep data on a disk: %w", m.Target, sandbox.ErrUnsupported)
+		}
+	}
+	return nil
 }
 
 // Hibernate implements sandbox.Hibernator.

@@ -25,6 +25,7 @@ const (
 	defaultMemoryMiB = 1024
 	defaultDiskMiB   = 16 << 10
 	minMemoryMiB     = 128
+	minDataDiskMiB   = 48 // what guestd can format; see docs/guest-kit.md
 	minDiskMiB       = 64
 	maxDiskMiB       = 16 << 20
 )
@@ -209,6 +210,9 @@ func (p *plan) mount(mounts []sandbox.Mount) error {
 			image := filepath.Join(folder, filepath.Base(m.Source))
 			if info, err := os.Lstat(image); err == nil && !info.Mode().IsRegular() {
 				return sandbox.Invalidf(field, "%s is not a regular file", m.Source)
+			}
+			if info, err := os.Stat(image); m.SizeMiB > 0 && m.SizeMiB < minDataDiskMiB && (err != nil || info.Size() < minDataDiskMiB<<20) {
+				return sandbox.Invalidf(fmt.Sprintf("spec.mounts[%d].size_mib", i), "a disk of %d MiB is too small to be formatted; give it %d or more", m.SizeMiB, minDataDiskMiB)
 			}
 			p.Disks = append(p.Disks, disk{fmt.Sprintf("data%d", i), image, m.Target, m.SizeMiB})
 			continue

@@ -127,7 +127,7 @@ func (x Refusal_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Refusal_Kind.Descriptor instead.
 func (Refusal_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{34, 0}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{36, 0}
 }
 
 type CreateSandboxRequest struct {
@@ -880,6 +880,102 @@ func (x *ResumeSandboxResponse) GetSandbox() *Sandbox {
 	return nil
 }
 
+type HibernateSandboxRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	RequestId     string                 `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HibernateSandboxRequest) Reset() {
+	*x = HibernateSandboxRequest{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HibernateSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HibernateSandboxRequest) ProtoMessage() {}
+
+func (x *HibernateSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HibernateSandboxRequest.ProtoReflect.Descriptor instead.
+func (*HibernateSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *HibernateSandboxRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HibernateSandboxRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type HibernateSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *Sandbox               `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HibernateSandboxResponse) Reset() {
+	*x = HibernateSandboxResponse{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HibernateSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HibernateSandboxResponse) ProtoMessage() {}
+
+func (x *HibernateSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HibernateSandboxResponse.ProtoReflect.Descriptor instead.
+func (*HibernateSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *HibernateSandboxResponse) GetSandbox() *Sandbox {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
 type DeleteSandboxRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -894,7 +990,7 @@ type DeleteSandboxRequest struct {
 
 func (x *DeleteSandboxRequest) Reset() {
 	*x = DeleteSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +1002,7 @@ func (x *DeleteSandboxRequest) String() string {
 func (*DeleteSandboxRequest) ProtoMessage() {}
 
 func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +1015,7 @@ func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{14}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeleteSandboxRequest) GetName() string {
@@ -958,7 +1054,7 @@ type DeleteSandboxResponse struct {
 
 func (x *DeleteSandboxResponse) Reset() {
 	*x = DeleteSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[15]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -970,7 +1066,7 @@ func (x *DeleteSandboxResponse) String() string {
 func (*DeleteSandboxResponse) ProtoMessage() {}
 
 func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[15]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -983,7 +1079,7 @@ func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{15}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{17}
 }
 
 type GetSandboxRequest struct {
@@ -995,7 +1091,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1007,7 +1103,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1020,7 +1116,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{16}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetSandboxRequest) GetName() string {
@@ -1039,7 +1135,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1147,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1160,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{17}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *Sandbox {
@@ -1088,7 +1184,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1100,7 +1196,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1113,7 +1209,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{18}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListSandboxesRequest) GetLabelSelector() string {
@@ -1148,7 +1244,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1160,7 +1256,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1173,7 +1269,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{19}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*Sandbox {
@@ -1206,7 +1302,7 @@ type WatchSandboxesRequest struct {
 
 func (x *WatchSandboxesRequest) Reset() {
 	*x = WatchSandboxesRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1314,7 @@ func (x *WatchSandboxesRequest) String() string {
 func (*WatchSandboxesRequest) ProtoMessage() {}
 
 func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1327,7 @@ func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{20}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *WatchSandboxesRequest) GetLabelSelector() string {
@@ -1275,7 +1371,7 @@ type WatchSandboxesResponse struct {
 
 func (x *WatchSandboxesResponse) Reset() {
 	*x = WatchSandboxesResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1287,7 +1383,7 @@ func (x *WatchSandboxesResponse) String() string {
 func (*WatchSandboxesResponse) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1300,7 +1396,7 @@ func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *WatchSandboxesResponse) GetEvent() isWatchSandboxesResponse_Event {
@@ -1395,7 +1491,7 @@ type TouchSandboxRequest struct {
 
 func (x *TouchSandboxRequest) Reset() {
 	*x = TouchSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1407,7 +1503,7 @@ func (x *TouchSandboxRequest) String() string {
 func (*TouchSandboxRequest) ProtoMessage() {}
 
 func (x *TouchSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1420,7 +1516,7 @@ func (x *TouchSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TouchSandboxRequest.ProtoReflect.Descriptor instead.
 func (*TouchSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{22}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TouchSandboxRequest) GetName() string {
@@ -1446,7 +1542,7 @@ type TouchSandboxResponse struct {
 
 func (x *TouchSandboxResponse) Reset() {
 	*x = TouchSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +1554,7 @@ func (x *TouchSandboxResponse) String() string {
 func (*TouchSandboxResponse) ProtoMessage() {}
 
 func (x *TouchSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,7 +1567,7 @@ func (x *TouchSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TouchSandboxResponse.ProtoReflect.Descriptor instead.
 func (*TouchSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TouchSandboxResponse) GetLastActivityTime() *timestamppb.Timestamp {
@@ -1495,7 +1591,7 @@ type UpdateSandboxRequest struct {
 
 func (x *UpdateSandboxRequest) Reset() {
 	*x = UpdateSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1507,7 +1603,7 @@ func (x *UpdateSandboxRequest) String() string {
 func (*UpdateSandboxRequest) ProtoMessage() {}
 
 func (x *UpdateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1520,7 +1616,7 @@ func (x *UpdateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{24}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UpdateSandboxRequest) GetSandbox() *Sandbox {
@@ -1553,7 +1649,7 @@ type UpdateSandboxResponse struct {
 
 func (x *UpdateSandboxResponse) Reset() {
 	*x = UpdateSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1661,7 @@ func (x *UpdateSandboxResponse) String() string {
 func (*UpdateSandboxResponse) ProtoMessage() {}
 
 func (x *UpdateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1674,7 @@ func (x *UpdateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*UpdateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{25}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *UpdateSandboxResponse) GetSandbox() *Sandbox {
@@ -1605,7 +1701,7 @@ type StreamSandboxLogsRequest struct {
 
 func (x *StreamSandboxLogsRequest) Reset() {
 	*x = StreamSandboxLogsRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1617,7 +1713,7 @@ func (x *StreamSandboxLogsRequest) String() string {
 func (*StreamSandboxLogsRequest) ProtoMessage() {}
 
 func (x *StreamSandboxLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1630,7 +1726,7 @@ func (x *StreamSandboxLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamSandboxLogsRequest.ProtoReflect.Descriptor instead.
 func (*StreamSandboxLogsRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{26}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StreamSandboxLogsRequest) GetName() string {
@@ -1681,7 +1777,7 @@ type StreamSandboxLogsResponse struct {
 
 func (x *StreamSandboxLogsResponse) Reset() {
 	*x = StreamSandboxLogsResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1693,7 +1789,7 @@ func (x *StreamSandboxLogsResponse) String() string {
 func (*StreamSandboxLogsResponse) ProtoMessage() {}
 
 func (x *StreamSandboxLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1706,7 +1802,7 @@ func (x *StreamSandboxLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamSandboxLogsResponse.ProtoReflect.Descriptor instead.
 func (*StreamSandboxLogsResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{27}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StreamSandboxLogsResponse) GetStream() LogStream {
@@ -1746,7 +1842,7 @@ type AttachConsoleRequest struct {
 
 func (x *AttachConsoleRequest) Reset() {
 	*x = AttachConsoleRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1758,7 +1854,7 @@ func (x *AttachConsoleRequest) String() string {
 func (*AttachConsoleRequest) ProtoMessage() {}
 
 func (x *AttachConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1771,7 +1867,7 @@ func (x *AttachConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachConsoleRequest.ProtoReflect.Descriptor instead.
 func (*AttachConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{28}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AttachConsoleRequest) GetMessage() isAttachConsoleRequest_Message {
@@ -1826,7 +1922,7 @@ type ConsoleOpen struct {
 
 func (x *ConsoleOpen) Reset() {
 	*x = ConsoleOpen{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1838,7 +1934,7 @@ func (x *ConsoleOpen) String() string {
 func (*ConsoleOpen) ProtoMessage() {}
 
 func (x *ConsoleOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1851,7 +1947,7 @@ func (x *ConsoleOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleOpen.ProtoReflect.Descriptor instead.
 func (*ConsoleOpen) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{29}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ConsoleOpen) GetName() string {
@@ -1876,7 +1972,7 @@ type AttachConsoleResponse struct {
 
 func (x *AttachConsoleResponse) Reset() {
 	*x = AttachConsoleResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1888,7 +1984,7 @@ func (x *AttachConsoleResponse) String() string {
 func (*AttachConsoleResponse) ProtoMessage() {}
 
 func (x *AttachConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1901,7 +1997,7 @@ func (x *AttachConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachConsoleResponse.ProtoReflect.Descriptor instead.
 func (*AttachConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{30}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AttachConsoleResponse) GetMessage() isAttachConsoleResponse_Message {
@@ -1956,7 +2052,7 @@ type ConsoleOpened struct {
 
 func (x *ConsoleOpened) Reset() {
 	*x = ConsoleOpened{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1968,7 +2064,7 @@ func (x *ConsoleOpened) String() string {
 func (*ConsoleOpened) ProtoMessage() {}
 
 func (x *ConsoleOpened) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1981,7 +2077,7 @@ func (x *ConsoleOpened) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleOpened.ProtoReflect.Descriptor instead.
 func (*ConsoleOpened) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{31}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ConsoleOpened) GetGeneration() uint64 {
@@ -2001,7 +2097,7 @@ type ListRefusalsRequest struct {
 
 func (x *ListRefusalsRequest) Reset() {
 	*x = ListRefusalsRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2109,7 @@ func (x *ListRefusalsRequest) String() string {
 func (*ListRefusalsRequest) ProtoMessage() {}
 
 func (x *ListRefusalsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2122,7 @@ func (x *ListRefusalsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRefusalsRequest.ProtoReflect.Descriptor instead.
 func (*ListRefusalsRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{32}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListRefusalsRequest) GetName() string {
@@ -2048,7 +2144,7 @@ type ListRefusalsResponse struct {
 
 func (x *ListRefusalsResponse) Reset() {
 	*x = ListRefusalsResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2060,7 +2156,7 @@ func (x *ListRefusalsResponse) String() string {
 func (*ListRefusalsResponse) ProtoMessage() {}
 
 func (x *ListRefusalsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2073,7 +2169,7 @@ func (x *ListRefusalsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRefusalsResponse.ProtoReflect.Descriptor instead.
 func (*ListRefusalsResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{33}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListRefusalsResponse) GetRefusals() []*Refusal {
@@ -2106,7 +2202,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2118,7 +2214,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2131,7 +2227,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{34}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Refusal) GetKind() Refusal_Kind {
@@ -2177,7 +2273,7 @@ type WatchSandboxesResponse_Sync struct {
 
 func (x *WatchSandboxesResponse_Sync) Reset() {
 	*x = WatchSandboxesResponse_Sync{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[38]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2189,7 +2285,7 @@ func (x *WatchSandboxesResponse_Sync) String() string {
 func (*WatchSandboxesResponse_Sync) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse_Sync) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[38]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2202,7 +2298,7 @@ func (x *WatchSandboxesResponse_Sync) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse_Sync.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse_Sync) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21, 0}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23, 0}
 }
 
 type WatchSandboxesResponse_Reset struct {
@@ -2213,7 +2309,7 @@ type WatchSandboxesResponse_Reset struct {
 
 func (x *WatchSandboxesResponse_Reset) Reset() {
 	*x = WatchSandboxesResponse_Reset{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[39]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2225,7 +2321,7 @@ func (x *WatchSandboxesResponse_Reset) String() string {
 func (*WatchSandboxesResponse_Reset) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse_Reset) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[39]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2238,7 +2334,7 @@ func (x *WatchSandboxesResponse_Reset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse_Reset.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse_Reset) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21, 1}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23, 1}
 }
 
 var File_choiros_agent_v1_sandbox_service_proto protoreflect.FileDescriptor
@@ -2304,6 +2400,12 @@ const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x02 \x01(\tR\trequestId\"L\n" +
 	"\x15ResumeSandboxResponse\x123\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"L\n" +
+	"\x17HibernateSandboxRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\"O\n" +
+	"\x18HibernateSandboxResponse\x123\n" +
 	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"\x9f\x01\n" +
 	"\x14DeleteSandboxRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
@@ -2396,7 +2498,7 @@ const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\tLogStream\x12\x1a\n" +
 	"\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n" +
-	"\x11LOG_STREAM_STDERR\x10\x022\xaf\f\n" +
+	"\x11LOG_STREAM_STDERR\x10\x022\x9a\r\n" +
 	"\x0eSandboxService\x12`\n" +
 	"\rCreateSandbox\x12&.choiros.agent.v1.CreateSandboxRequest\x1a'.choiros.agent.v1.CreateSandboxResponse\x12`\n" +
 	"\rEnsureSandbox\x12&.choiros.agent.v1.EnsureSandboxRequest\x1a'.choiros.agent.v1.EnsureSandboxResponse\x12]\n" +
@@ -2404,7 +2506,8 @@ const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\vStopSandbox\x12$.choiros.agent.v1.StopSandboxRequest\x1a%.choiros.agent.v1.StopSandboxResponse\x12c\n" +
 	"\x0eRestartSandbox\x12'.choiros.agent.v1.RestartSandboxRequest\x1a(.choiros.agent.v1.RestartSandboxResponse\x12]\n" +
 	"\fPauseSandbox\x12%.choiros.agent.v1.PauseSandboxRequest\x1a&.choiros.agent.v1.PauseSandboxResponse\x12`\n" +
-	"\rResumeSandbox\x12&.choiros.agent.v1.ResumeSandboxRequest\x1a'.choiros.agent.v1.ResumeSandboxResponse\x12`\n" +
+	"\rResumeSandbox\x12&.choiros.agent.v1.ResumeSandboxRequest\x1a'.choiros.agent.v1.ResumeSandboxResponse\x12i\n" +
+	"\x10HibernateSandbox\x12).choiros.agent.v1.HibernateSandboxRequest\x1a*.choiros.agent.v1.HibernateSandboxResponse\x12`\n" +
 	"\rDeleteSandbox\x12&.choiros.agent.v1.DeleteSandboxRequest\x1a'.choiros.agent.v1.DeleteSandboxResponse\x12W\n" +
 	"\n" +
 	"GetSandbox\x12#.choiros.agent.v1.GetSandboxRequest\x1a$.choiros.agent.v1.GetSandboxResponse\x12`\n" +
@@ -2429,7 +2532,7 @@ func file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP() []byte {
 }
 
 var file_choiros_agent_v1_sandbox_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_choiros_agent_v1_sandbox_service_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_choiros_agent_v1_sandbox_service_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_choiros_agent_v1_sandbox_service_proto_goTypes = []any{
 	(LogStream)(0),                       // 0: choiros.agent.v1.LogStream
 	(Refusal_Kind)(0),                    // 1: choiros.agent.v1.Refusal.Kind
@@ -2447,109 +2550,114 @@ var file_choiros_agent_v1_sandbox_service_proto_goTypes = []any{
 	(*PauseSandboxResponse)(nil),         // 13: choiros.agent.v1.PauseSandboxResponse
 	(*ResumeSandboxRequest)(nil),         // 14: choiros.agent.v1.ResumeSandboxRequest
 	(*ResumeSandboxResponse)(nil),        // 15: choiros.agent.v1.ResumeSandboxResponse
-	(*DeleteSandboxRequest)(nil),         // 16: choiros.agent.v1.DeleteSandboxRequest
-	(*DeleteSandboxResponse)(nil),        // 17: choiros.agent.v1.DeleteSandboxResponse
-	(*GetSandboxRequest)(nil),            // 18: choiros.agent.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),           // 19: choiros.agent.v1.GetSandboxResponse
-	(*ListSandboxesRequest)(nil),         // 20: choiros.agent.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),        // 21: choiros.agent.v1.ListSandboxesResponse
-	(*WatchSandboxesRequest)(nil),        // 22: choiros.agent.v1.WatchSandboxesRequest
-	(*WatchSandboxesResponse)(nil),       // 23: choiros.agent.v1.WatchSandboxesResponse
-	(*TouchSandboxRequest)(nil),          // 24: choiros.agent.v1.TouchSandboxRequest
-	(*TouchSandboxResponse)(nil),         // 25: choiros.agent.v1.TouchSandboxResponse
-	(*UpdateSandboxRequest)(nil),         // 26: choiros.agent.v1.UpdateSandboxRequest
-	(*UpdateSandboxResponse)(nil),        // 27: choiros.agent.v1.UpdateSandboxResponse
-	(*StreamSandboxLogsRequest)(nil),     // 28: choiros.agent.v1.StreamSandboxLogsRequest
-	(*StreamSandboxLogsResponse)(nil),    // 29: choiros.agent.v1.StreamSandboxLogsResponse
-	(*AttachConsoleRequest)(nil),         // 30: choiros.agent.v1.AttachConsoleRequest
-	(*ConsoleOpen)(nil),                  // 31: choiros.agent.v1.ConsoleOpen
-	(*AttachConsoleResponse)(nil),        // 32: choiros.agent.v1.AttachConsoleResponse
-	(*ConsoleOpened)(nil),                // 33: choiros.agent.v1.ConsoleOpened
-	(*ListRefusalsRequest)(nil),          // 34: choiros.agent.v1.ListRefusalsRequest
-	(*ListRefusalsResponse)(nil),         // 35: choiros.agent.v1.ListRefusalsResponse
-	(*Refusal)(nil),                      // 36: choiros.agent.v1.Refusal
-	nil,                                  // 37: choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
-	nil,                                  // 38: choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
-	nil,                                  // 39: choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
-	(*WatchSandboxesResponse_Sync)(nil),  // 40: choiros.agent.v1.WatchSandboxesResponse.Sync
-	(*WatchSandboxesResponse_Reset)(nil), // 41: choiros.agent.v1.WatchSandboxesResponse.Reset
-	(*Sandbox)(nil),                      // 42: choiros.agent.v1.Sandbox
-	(*durationpb.Duration)(nil),          // 43: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),        // 44: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),        // 45: google.protobuf.FieldMask
+	(*HibernateSandboxRequest)(nil),      // 16: choiros.agent.v1.HibernateSandboxRequest
+	(*HibernateSandboxResponse)(nil),     // 17: choiros.agent.v1.HibernateSandboxResponse
+	(*DeleteSandboxRequest)(nil),         // 18: choiros.agent.v1.DeleteSandboxRequest
+	(*DeleteSandboxResponse)(nil),        // 19: choiros.agent.v1.DeleteSandboxResponse
+	(*GetSandboxRequest)(nil),            // 20: choiros.agent.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),           // 21: choiros.agent.v1.GetSandboxResponse
+	(*ListSandboxesRequest)(nil),         // 22: choiros.agent.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),        // 23: choiros.agent.v1.ListSandboxesResponse
+	(*WatchSandboxesRequest)(nil),        // 24: choiros.agent.v1.WatchSandboxesRequest
+	(*WatchSandboxesResponse)(nil),       // 25: choiros.agent.v1.WatchSandboxesResponse
+	(*TouchSandboxRequest)(nil),          // 26: choiros.agent.v1.TouchSandboxRequest
+	(*TouchSandboxResponse)(nil),         // 27: choiros.agent.v1.TouchSandboxResponse
+	(*UpdateSandboxRequest)(nil),         // 28: choiros.agent.v1.UpdateSandboxRequest
+	(*UpdateSandboxResponse)(nil),        // 29: choiros.agent.v1.UpdateSandboxResponse
+	(*StreamSandboxLogsRequest)(nil),     // 30: choiros.agent.v1.StreamSandboxLogsRequest
+	(*StreamSandboxLogsResponse)(nil),    // 31: choiros.agent.v1.StreamSandboxLogsResponse
+	(*AttachConsoleRequest)(nil),         // 32: choiros.agent.v1.AttachConsoleRequest
+	(*ConsoleOpen)(nil),                  // 33: choiros.agent.v1.ConsoleOpen
+	(*AttachConsoleResponse)(nil),        // 34: choiros.agent.v1.AttachConsoleResponse
+	(*ConsoleOpened)(nil),                // 35: choiros.agent.v1.ConsoleOpened
+	(*ListRefusalsRequest)(nil),          // 36: choiros.agent.v1.ListRefusalsRequest
+	(*ListRefusalsResponse)(nil),         // 37: choiros.agent.v1.ListRefusalsResponse
+	(*Refusal)(nil),                      // 38: choiros.agent.v1.Refusal
+	nil,                                  // 39: choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
+	nil,                                  // 40: choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
+	nil,                                  // 41: choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
+	(*WatchSandboxesResponse_Sync)(nil),  // 42: choiros.agent.v1.WatchSandboxesResponse.Sync
+	(*WatchSandboxesResponse_Reset)(nil), // 43: choiros.agent.v1.WatchSandboxesResponse.Reset
+	(*Sandbox)(nil),                      // 44: choiros.agent.v1.Sandbox
+	(*durationpb.Duration)(nil),          // 45: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),        // 46: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),        // 47: google.protobuf.FieldMask
 }
 var file_choiros_agent_v1_sandbox_service_proto_depIdxs = []int32{
-	42, // 0: choiros.agent.v1.CreateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	37, // 1: choiros.agent.v1.CreateSandboxRequest.secret_values:type_name -> choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
-	42, // 2: choiros.agent.v1.CreateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	42, // 3: choiros.agent.v1.EnsureSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	38, // 4: choiros.agent.v1.EnsureSandboxRequest.secret_values:type_name -> choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
-	42, // 5: choiros.agent.v1.EnsureSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	39, // 6: choiros.agent.v1.StartSandboxRequest.secret_values:type_name -> choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
-	42, // 7: choiros.agent.v1.StartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	43, // 8: choiros.agent.v1.StopSandboxRequest.grace:type_name -> google.protobuf.Duration
-	42, // 9: choiros.agent.v1.StopSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	43, // 10: choiros.agent.v1.RestartSandboxRequest.grace:type_name -> google.protobuf.Duration
-	42, // 11: choiros.agent.v1.RestartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	42, // 12: choiros.agent.v1.PauseSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	42, // 13: choiros.agent.v1.ResumeSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	43, // 14: choiros.agent.v1.DeleteSandboxRequest.grace:type_name -> google.protobuf.Duration
-	42, // 15: choiros.agent.v1.GetSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	42, // 16: choiros.agent.v1.ListSandboxesResponse.sandboxes:type_name -> choiros.agent.v1.Sandbox
-	42, // 17: choiros.agent.v1.WatchSandboxesResponse.changed:type_name -> choiros.agent.v1.Sandbox
-	42, // 18: choiros.agent.v1.WatchSandboxesResponse.deleted:type_name -> choiros.agent.v1.Sandbox
-	40, // 19: choiros.agent.v1.WatchSandboxesResponse.sync:type_name -> choiros.agent.v1.WatchSandboxesResponse.Sync
-	41, // 20: choiros.agent.v1.WatchSandboxesResponse.reset:type_name -> choiros.agent.v1.WatchSandboxesResponse.Reset
-	44, // 21: choiros.agent.v1.TouchSandboxResponse.last_activity_time:type_name -> google.protobuf.Timestamp
-	42, // 22: choiros.agent.v1.UpdateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	45, // 23: choiros.agent.v1.UpdateSandboxRequest.update_mask:type_name -> google.protobuf.FieldMask
-	42, // 24: choiros.agent.v1.UpdateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	44, // 25: choiros.agent.v1.StreamSandboxLogsRequest.since:type_name -> google.protobuf.Timestamp
-	0,  // 26: choiros.agent.v1.StreamSandboxLogsRequest.streams:type_name -> choiros.agent.v1.LogStream
-	0,  // 27: choiros.agent.v1.StreamSandboxLogsResponse.stream:type_name -> choiros.agent.v1.LogStream
-	44, // 28: choiros.agent.v1.StreamSandboxLogsResponse.time:type_name -> google.protobuf.Timestamp
-	31, // 29: choiros.agent.v1.AttachConsoleRequest.open:type_name -> choiros.agent.v1.ConsoleOpen
-	33, // 30: choiros.agent.v1.AttachConsoleResponse.opened:type_name -> choiros.agent.v1.ConsoleOpened
-	36, // 31: choiros.agent.v1.ListRefusalsResponse.refusals:type_name -> choiros.agent.v1.Refusal
-	1,  // 32: choiros.agent.v1.Refusal.kind:type_name -> choiros.agent.v1.Refusal.Kind
-	44, // 33: choiros.agent.v1.Refusal.last_time:type_name -> google.protobuf.Timestamp
-	2,  // 34: choiros.agent.v1.SandboxService.CreateSandbox:input_type -> choiros.agent.v1.CreateSandboxRequest
-	4,  // 35: choiros.agent.v1.SandboxService.EnsureSandbox:input_type -> choiros.agent.v1.EnsureSandboxRequest
-	6,  // 36: choiros.agent.v1.SandboxService.StartSandbox:input_type -> choiros.agent.v1.StartSandboxRequest
-	8,  // 37: choiros.agent.v1.SandboxService.StopSandbox:input_type -> choiros.agent.v1.StopSandboxRequest
-	10, // 38: choiros.agent.v1.SandboxService.RestartSandbox:input_type -> choiros.agent.v1.RestartSandboxRequest
-	12, // 39: choiros.agent.v1.SandboxService.PauseSandbox:input_type -> choiros.agent.v1.PauseSandboxRequest
-	14, // 40: choiros.agent.v1.SandboxService.ResumeSandbox:input_type -> choiros.agent.v1.ResumeSandboxRequest
-	16, // 41: choiros.agent.v1.SandboxService.DeleteSandbox:input_type -> choiros.agent.v1.DeleteSandboxRequest
-	18, // 42: choiros.agent.v1.SandboxService.GetSandbox:input_type -> choiros.agent.v1.GetSandboxRequest
-	20, // 43: choiros.agent.v1.SandboxService.ListSandboxes:input_type -> choiros.agent.v1.ListSandboxesRequest
-	22, // 44: choiros.agent.v1.SandboxService.WatchSandboxes:input_type -> choiros.agent.v1.WatchSandboxesRequest
-	24, // 45: choiros.agent.v1.SandboxService.TouchSandbox:input_type -> choiros.agent.v1.TouchSandboxRequest
-	26, // 46: choiros.agent.v1.SandboxService.UpdateSandbox:input_type -> choiros.agent.v1.UpdateSandboxRequest
-	28, // 47: choiros.agent.v1.SandboxService.StreamSandboxLogs:input_type -> choiros.agent.v1.StreamSandboxLogsRequest
-	30, // 48: choiros.agent.v1.SandboxService.AttachConsole:input_type -> choiros.agent.v1.AttachConsoleRequest
-	34, // 49: choiros.agent.v1.SandboxService.ListRefusals:input_type -> choiros.agent.v1.ListRefusalsRequest
-	3,  // 50: choiros.agent.v1.SandboxService.CreateSandbox:output_type -> choiros.agent.v1.CreateSandboxResponse
-	5,  // 51: choiros.agent.v1.SandboxService.EnsureSandbox:output_type -> choiros.agent.v1.EnsureSandboxResponse
-	7,  // 52: choiros.agent.v1.SandboxService.StartSandbox:output_type -> choiros.agent.v1.StartSandboxResponse
-	9,  // 53: choiros.agent.v1.SandboxService.StopSandbox:output_type -> choiros.agent.v1.StopSandboxResponse
-	11, // 54: choiros.agent.v1.SandboxService.RestartSandbox:output_type -> choiros.agent.v1.RestartSandboxResponse
-	13, // 55: choiros.agent.v1.SandboxService.PauseSandbox:output_type -> choiros.agent.v1.PauseSandboxResponse
-	15, // 56: choiros.agent.v1.SandboxService.ResumeSandbox:output_type -> choiros.agent.v1.ResumeSandboxResponse
-	17, // 57: choiros.agent.v1.SandboxService.DeleteSandbox:output_type -> choiros.agent.v1.DeleteSandboxResponse
-	19, // 58: choiros.agent.v1.SandboxService.GetSandbox:output_type -> choiros.agent.v1.GetSandboxResponse
-	21, // 59: choiros.agent.v1.SandboxService.ListSandboxes:output_type -> choiros.agent.v1.ListSandboxesResponse
-	23, // 60: choiros.agent.v1.SandboxService.WatchSandboxes:output_type -> choiros.agent.v1.WatchSandboxesResponse
-	25, // 61: choiros.agent.v1.SandboxService.TouchSandbox:output_type -> choiros.agent.v1.TouchSandboxResponse
-	27, // 62: choiros.agent.v1.SandboxService.UpdateSandbox:output_type -> choiros.agent.v1.UpdateSandboxResponse
-	29, // 63: choiros.agent.v1.SandboxService.StreamSandboxLogs:output_type -> choiros.agent.v1.StreamSandboxLogsResponse
-	32, // 64: choiros.agent.v1.SandboxService.AttachConsole:output_type -> choiros.agent.v1.AttachConsoleResponse
-	35, // 65: choiros.agent.v1.SandboxService.ListRefusals:output_type -> choiros.agent.v1.ListRefusalsResponse
-	50, // [50:66] is the sub-list for method output_type
-	34, // [34:50] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	44, // 0: choiros.agent.v1.CreateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	39, // 1: choiros.agent.v1.CreateSandboxRequest.secret_values:type_name -> choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
+	44, // 2: choiros.agent.v1.CreateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	44, // 3: choiros.agent.v1.EnsureSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	40, // 4: choiros.agent.v1.EnsureSandboxRequest.secret_values:type_name -> choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
+	44, // 5: choiros.agent.v1.EnsureSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	41, // 6: choiros.agent.v1.StartSandboxRequest.secret_values:type_name -> choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
+	44, // 7: choiros.agent.v1.StartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	45, // 8: choiros.agent.v1.StopSandboxRequest.grace:type_name -> google.protobuf.Duration
+	44, // 9: choiros.agent.v1.StopSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	45, // 10: choiros.agent.v1.RestartSandboxRequest.grace:type_name -> google.protobuf.Duration
+	44, // 11: choiros.agent.v1.RestartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	44, // 12: choiros.agent.v1.PauseSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	44, // 13: choiros.agent.v1.ResumeSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	44, // 14: choiros.agent.v1.HibernateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	45, // 15: choiros.agent.v1.DeleteSandboxRequest.grace:type_name -> google.protobuf.Duration
+	44, // 16: choiros.agent.v1.GetSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	44, // 17: choiros.agent.v1.ListSandboxesResponse.sandboxes:type_name -> choiros.agent.v1.Sandbox
+	44, // 18: choiros.agent.v1.WatchSandboxesResponse.changed:type_name -> choiros.agent.v1.Sandbox
+	44, // 19: choiros.agent.v1.WatchSandboxesResponse.deleted:type_name -> choiros.agent.v1.Sandbox
+	42, // 20: choiros.agent.v1.WatchSandboxesResponse.sync:type_name -> choiros.agent.v1.WatchSandboxesResponse.Sync
+	43, // 21: choiros.agent.v1.WatchSandboxesResponse.reset:type_name -> choiros.agent.v1.WatchSandboxesResponse.Reset
+	46, // 22: choiros.agent.v1.TouchSandboxResponse.last_activity_time:type_name -> google.protobuf.Timestamp
+	44, // 23: choiros.agent.v1.UpdateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	47, // 24: choiros.agent.v1.UpdateSandboxRequest.update_mask:type_name -> google.protobuf.FieldMask
+	44, // 25: choiros.agent.v1.UpdateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	46, // 26: choiros.agent.v1.StreamSandboxLogsRequest.since:type_name -> google.protobuf.Timestamp
+	0,  // 27: choiros.agent.v1.StreamSandboxLogsRequest.streams:type_name -> choiros.agent.v1.LogStream
+	0,  // 28: choiros.agent.v1.StreamSandboxLogsResponse.stream:type_name -> choiros.agent.v1.LogStream
+	46, // 29: choiros.agent.v1.StreamSandboxLogsResponse.time:type_name -> google.protobuf.Timestamp
+	33, // 30: choiros.agent.v1.AttachConsoleRequest.open:type_name -> choiros.agent.v1.ConsoleOpen
+	35, // 31: choiros.agent.v1.AttachConsoleResponse.opened:type_name -> choiros.agent.v1.ConsoleOpened
+	38, // 32: choiros.agent.v1.ListRefusalsResponse.refusals:type_name -> choiros.agent.v1.Refusal
+	1,  // 33: choiros.agent.v1.Refusal.kind:type_name -> choiros.agent.v1.Refusal.Kind
+	46, // 34: choiros.agent.v1.Refusal.last_time:type_name -> google.protobuf.Timestamp
+	2,  // 35: choiros.agent.v1.SandboxService.CreateSandbox:input_type -> choiros.agent.v1.CreateSandboxRequest
+	4,  // 36: choiros.agent.v1.SandboxService.EnsureSandbox:input_type -> choiros.agent.v1.EnsureSandboxRequest
+	6,  // 37: choiros.agent.v1.SandboxService.StartSandbox:input_type -> choiros.agent.v1.StartSandboxRequest
+	8,  // 38: choiros.agent.v1.SandboxService.StopSandbox:input_type -> choiros.agent.v1.StopSandboxRequest
+	10, // 39: choiros.agent.v1.SandboxService.RestartSandbox:input_type -> choiros.agent.v1.RestartSandboxRequest
+	12, // 40: choiros.agent.v1.SandboxService.PauseSandbox:input_type -> choiros.agent.v1.PauseSandboxRequest
+	14, // 41: choiros.agent.v1.SandboxService.ResumeSandbox:input_type -> choiros.agent.v1.ResumeSandboxRequest
+	16, // 42: choiros.agent.v1.SandboxService.HibernateSandbox:input_type -> choiros.agent.v1.HibernateSandboxRequest
+	18, // 43: choiros.agent.v1.SandboxService.DeleteSandbox:input_type -> choiros.agent.v1.DeleteSandboxRequest
+	20, // 44: choiros.agent.v1.SandboxService.GetSandbox:input_type -> choiros.agent.v1.GetSandboxRequest
+	22, // 45: choiros.agent.v1.SandboxService.ListSandboxes:input_type -> choiros.agent.v1.ListSandboxesRequest
+	24, // 46: choiros.agent.v1.SandboxService.WatchSandboxes:input_type -> choiros.agent.v1.WatchSandboxesRequest
+	26, // 47: choiros.agent.v1.SandboxService.TouchSandbox:input_type -> choiros.agent.v1.TouchSandboxRequest
+	28, // 48: choiros.agent.v1.SandboxService.UpdateSandbox:input_type -> choiros.agent.v1.UpdateSandboxRequest
+	30, // 49: choiros.agent.v1.SandboxService.StreamSandboxLogs:input_type -> choiros.agent.v1.StreamSandboxLogsRequest
+	32, // 50: choiros.agent.v1.SandboxService.AttachConsole:input_type -> choiros.agent.v1.AttachConsoleRequest
+	36, // 51: choiros.agent.v1.SandboxService.ListRefusals:input_type -> choiros.agent.v1.ListRefusalsRequest
+	3,  // 52: choiros.agent.v1.SandboxService.CreateSandbox:output_type -> choiros.agent.v1.CreateSandboxResponse
+	5,  // 53: choiros.agent.v1.SandboxService.EnsureSandbox:output_type -> choiros.agent.v1.EnsureSandboxResponse
+	7,  // 54: choiros.agent.v1.SandboxService.StartSandbox:output_type -> choiros.agent.v1.StartSandboxResponse
+	9,  // 55: choiros.agent.v1.SandboxService.StopSandbox:output_type -> choiros.agent.v1.StopSandboxResponse
+	11, // 56: choiros.agent.v1.SandboxService.RestartSandbox:output_type -> choiros.agent.v1.RestartSandboxResponse
+	13, // 57: choiros.agent.v1.SandboxService.PauseSandbox:output_type -> choiros.agent.v1.PauseSandboxResponse
+	15, // 58: choiros.agent.v1.SandboxService.ResumeSandbox:output_type -> choiros.agent.v1.ResumeSandboxResponse
+	17, // 59: choiros.agent.v1.SandboxService.HibernateSandbox:output_type -> choiros.agent.v1.HibernateSandboxResponse
+	19, // 60: choiros.agent.v1.SandboxService.DeleteSandbox:output_type -> choiros.agent.v1.DeleteSandboxResponse
+	21, // 61: choiros.agent.v1.SandboxService.GetSandbox:output_type -> choiros.agent.v1.GetSandboxResponse
+	23, // 62: choiros.agent.v1.SandboxService.ListSandboxes:output_type -> choiros.agent.v1.ListSandboxesResponse
+	25, // 63: choiros.agent.v1.SandboxService.WatchSandboxes:output_type -> choiros.agent.v1.WatchSandboxesResponse
+	27, // 64: choiros.agent.v1.SandboxService.TouchSandbox:output_type -> choiros.agent.v1.TouchSandboxResponse
+	29, // 65: choiros.agent.v1.SandboxService.UpdateSandbox:output_type -> choiros.agent.v1.UpdateSandboxResponse
+	31, // 66: choiros.agent.v1.SandboxService.StreamSandboxLogs:output_type -> choiros.agent.v1.StreamSandboxLogsResponse
+	34, // 67: choiros.agent.v1.SandboxService.AttachConsole:output_type -> choiros.agent.v1.AttachConsoleResponse
+	37, // 68: choiros.agent.v1.SandboxService.ListRefusals:output_type -> choiros.agent.v1.ListRefusalsResponse
+	52, // [52:69] is the sub-list for method output_type
+	35, // [35:52] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_choiros_agent_v1_sandbox_service_proto_init() }
@@ -2558,18 +2666,18 @@ func file_choiros_agent_v1_sandbox_service_proto_init() {
 		return
 	}
 	file_choiros_agent_v1_sandbox_proto_init()
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[21].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[23].OneofWrappers = []any{
 		(*WatchSandboxesResponse_Changed)(nil),
 		(*WatchSandboxesResponse_Deleted)(nil),
 		(*WatchSandboxesResponse_Sync_)(nil),
 		(*WatchSandboxesResponse_Reset_)(nil),
 	}
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[26].OneofWrappers = []any{}
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[28].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[28].OneofWrappers = []any{}
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[30].OneofWrappers = []any{
 		(*AttachConsoleRequest_Open)(nil),
 		(*AttachConsoleRequest_Data)(nil),
 	}
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[30].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[32].OneofWrappers = []any{
 		(*AttachConsoleResponse_Opened)(nil),
 		(*AttachConsoleResponse_Data)(nil),
 	}
@@ -2579,7 +2687,7 @@ func file_choiros_agent_v1_sandbox_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_agent_v1_sandbox_service_proto_rawDesc), len(file_choiros_agent_v1_sandbox_service_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   40,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

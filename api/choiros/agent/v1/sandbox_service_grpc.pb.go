@@ -26,6 +26,7 @@ const (
 	SandboxService_RestartSandbox_FullMethodName    = "/choiros.agent.v1.SandboxService/RestartSandbox"
 	SandboxService_PauseSandbox_FullMethodName      = "/choiros.agent.v1.SandboxService/PauseSandbox"
 	SandboxService_ResumeSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/ResumeSandbox"
+	SandboxService_HibernateSandbox_FullMethodName  = "/choiros.agent.v1.SandboxService/HibernateSandbox"
 	SandboxService_DeleteSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/DeleteSandbox"
 	SandboxService_GetSandbox_FullMethodName        = "/choiros.agent.v1.SandboxService/GetSandbox"
 	SandboxService_ListSandboxes_FullMethodName     = "/choiros.agent.v1.SandboxService/ListSandboxes"
@@ -83,6 +84,16 @@ type SandboxServiceClient interface {
 	// if it is ready, at once. It is no boot: the generation stays, and it works
 	// while the host is draining.
 	ResumeSandbox(ctx context.Context, in *ResumeSandboxRequest, opts ...grpc.CallOption) (*ResumeSandboxResponse, error)
+	// Keeps the memory of a sandbox that is ready on disk, sealed, and ends it:
+	// PHASE_HIBERNATED. It takes no memory then. Its next start, or the next
+	// connection to one of its ports, goes on from there, once, as a boot with a
+	// generation of its own: its clock is set and its secrets are given anew. It
+	// boots as ever where that cannot be: after a restart of the host, or if its
+	// size, its disks or what it boots were changed. Stop forgets the memory. One
+	// that is hibernated stays so. If its memory cannot be kept after all it is
+	// stopped, and the call fails. A driver that cannot, and a sandbox with
+	// folders of the host's mounted: UNSUPPORTED.
+	HibernateSandbox(ctx context.Context, in *HibernateSandboxRequest, opts ...grpc.CallOption) (*HibernateSandboxResponse, error)
 	// Stops a sandbox and removes it and its artefacts. Mounted folders of the
 	// host are never touched. Of an absent one: NOT_FOUND unless allow_missing.
 	DeleteSandbox(ctx context.Context, in *DeleteSandboxRequest, opts ...grpc.CallOption) (*DeleteSandboxResponse, error)
@@ -184,6 +195,16 @@ func (c *sandboxServiceClient) ResumeSandbox(ctx context.Context, in *ResumeSand
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ResumeSandboxResponse)
 	err := c.cc.Invoke(ctx, SandboxService_ResumeSandbox_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxServiceClient) HibernateSandbox(ctx context.Context, in *HibernateSandboxRequest, opts ...grpc.CallOption) (*HibernateSandboxResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HibernateSandboxResponse)
+	err := c.cc.Invoke(ctx, SandboxService_HibernateSandbox_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -347,6 +368,16 @@ type SandboxServiceServer interface {
 	// if it is ready, at once. It is no boot: the generation stays, and it works
 	// while the host is draining.
 	ResumeSandbox(context.Context, *ResumeSandboxRequest) (*ResumeSandboxResponse, error)
+	// Keeps the memory of a sandbox that is ready on disk, sealed, and ends it:
+	// PHASE_HIBERNATED. It takes no memory then. Its next start, or the next
+	// connection to one of its ports, goes on from there, once, as a boot with a
+	// generation of its own: its clock is set and its secrets are given anew. It
+	// boots as ever where that cannot be: after a restart of the host, or if its
+	// size, its disks or what it boots were changed. Stop forgets the memory. One
+	// that is hibernated stays so. If its memory cannot be kept after all it is
+	// stopped, and the call fails. A driver that cannot, and a sandbox with
+	// folders of the host's mounted: UNSUPPORTED.
+	HibernateSandbox(context.Context, *HibernateSandboxRequest) (*HibernateSandboxResponse, error)
 	// Stops a sandbox and removes it and its artefacts. Mounted folders of the
 	// host are never touched. Of an absent one: NOT_FOUND unless allow_missing.
 	DeleteSandbox(context.Context, *DeleteSandboxRequest) (*DeleteSandboxResponse, error)
@@ -404,6 +435,9 @@ func (UnimplementedSandboxServiceServer) PauseSandbox(context.Context, *PauseSan
 }
 func (UnimplementedSandboxServiceServer) ResumeSandbox(context.Context, *ResumeSandboxRequest) (*ResumeSandboxResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ResumeSandbox not implemented")
+}
+func (UnimplementedSandboxServiceServer) HibernateSandbox(context.Context, *HibernateSandboxRequest) (*HibernateSandboxResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method HibernateSandbox not implemented")
 }
 func (UnimplementedSandboxServiceServer) DeleteSandbox(context.Context, *DeleteSandboxRequest) (*DeleteSandboxResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteSandbox not implemented")
@@ -579,6 +613,24 @@ func _SandboxService_ResumeSandbox_Handler(srv interface{}, ctx context.Context,
 	return interceptor(ctx, in, info, handler)
 }
 
+func _SandboxService_HibernateSandbox_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HibernateSandboxRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxServiceServer).HibernateSandbox(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SandboxService_HibernateSandbox_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxServiceServer).HibernateSandbox(ctx, req.(*HibernateSandboxRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _SandboxService_DeleteSandbox_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DeleteSandboxRequest)
 	if err := dec(in); err != nil {
@@ -750,6 +802,10 @@ var SandboxService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ResumeSandbox",
 			Handler:    _SandboxService_ResumeSandbox_Handler,
+		},
+		{
+			MethodName: "HibernateSandbox",
+			Handler:    _SandboxService_HibernateSandbox_Handler,
 		},
 		{
 			MethodName: "DeleteSandbox",
