@@ -38,7 +38,8 @@ func (a *app) await(ctx context.Context, c *client, name string, generation uint
 		defer close(watched)
 		last = follow(inner, c, name, func(sb *agentv1.Sandbox) {
 			phase := sb.GetStatus().GetPhase()
-			if phase != agentv1.Phase_PHASE_READY && phase != agentv1.Phase_PHASE_STOPPED && phase != agentv1.Phase_PHASE_PAUSED {
+			if phase != agentv1.Phase_PHASE_READY && phase != agentv1.Phase_PHASE_STOPPED &&
+				phase != agentv1.Phase_PHASE_PAUSED && phase != agentv1.Phase_PHASE_HIBERNATED {
 				shown.say(progressText(sb), true)
 			}
 			if noWait && sb.GetStatus().GetGeneration() > generation && phase != agentv1.Phase_PHASE_CREATING {

@@ -147,7 +147,7 @@ func observed(s *Sandbox, obs sandbox.Observation) {
 	if !obs.StartedAt.IsZero() {
 		s.StartedAt = obs.StartedAt
 	}
-	if obs.State == sandbox.StateExited {
+	if obs.State == sandbox.StateExited && !obs.Saved {
 		s.Exit = &Exit{Code: obs.ExitCode, At: obs.FinishedAt, OOMKilled: obs.OOMKilled}
 	}
 }

@@ -97,7 +97,7 @@ func (m *Manager) awaitReady(ctx context.Context, drv sandbox.Driver, e *entry, 
 			cancel()
 		}
 	}()
-	b := bringUp{manager: m, entry: e, guest: m.guest(drv, e.name), values: values}
+	b := bringUp{manager: m, driver: drv, entry: e, guest: m.guest(drv, e.name), values: values, looked: time.Now()}
 	err := b.run(ctx)
 	early := context.Cause(ctx)
 	cancel()
@@ -122,6 +122,7 @@ var errProbeTimeout = errors.New("readiness timeout")
 // bringUp is a boot from where the sandbox runs to where it is ready.
 type bringUp struct {
 	manager *Manager
+	driver  sandbox.Driver
 	entry   *entry
 	guest   *guest.Guest
 	values  []guest.Secret
@@ -129,6 +130,27 @@ type bringUp struct {
 	begun bool
 	// last is what kept it from being ready, for people.
 	last string
+	// progress is what the driver said last of how far it is, and looked when.
+	progress string
+	looked   time.Time
+}
+
+// progressEvery is how often a driver is asked how far a boot is whose guestd
+// does not answer yet.
+const progressEvery = 300 * time.Millisecond
+
+// look shows how far the boot is, where the driver can tell.
+func (b *bringUp) look(ctx context.Context) {
+	if time.Since(b.looked) < progressEvery {
+		return
+	}
+	obs, err := b.manager.inspect(ctx, b.driver, b.entry)
+	b.looked = time.Now()
+	if err != nil || obs.State != sandbox.StateRunning || obs.Detail == b.progress {
+		return
+	}
+	b.progress = obs.Detail
+	b.manager.see(b.entry, enter(PhaseStarting, "", obs.Detail))
 }
 
 func (b *bringUp) run(ctx context.Context) error {
@@ -182,6 +204,7 @@ func (b *bringUp) insist(ctx context.Context, call func() error) error {
 		if said, ok := errors.AsType[*guest.Error](err); err == nil || ok && said != nil {
 			return err
 		}
+		b.look(ctx)
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():

@@ -158,8 +158,14 @@ func (m *Manager) settleHibernate(ctx context.Context, drv sandbox.Driver, e *en
 
 // loseHibernation notes that what a sandbox was to go on from is gone, as it is
 // once the host was restarted.
-func (m *Manager) loseHibernation(e *entry) {
+func (m *Manager) loseHibernation(ctx context.Context, drv sandbox.Driver, e *entry) {
 	m.log.Warn("its memory is gone; it will boot as ever", "sandbox", e.name)
+	// What is left of it takes room and is of no use.
+	bounded, cancel := context.WithTimeout(ctx, stopDeadline)
+	defer cancel()
+	if err := drv.Stop(bounded, m.ref(e.name), 0); err != nil {
+		m.log.Warn("its memory was not removed", "sandbox", e.name, "err", err)
+	}
 	if err := m.put(e, func(r *store.Record) { r.Hibernated, r.Reason = false, hibernationLost }, nil); err != nil {
 		m.log.Error("record not written", "sandbox", e.name, "err", err)
 	}

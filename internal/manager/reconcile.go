@@ -90,7 +90,7 @@ func (m *Manager) reconcile(ctx context.Context, e *entry) {
 		m.resumeStop(ctx, drv, e)
 	default:
 		if e.rec.Hibernated && !obs.Saved {
-			m.loseHibernation(e)
+			m.loseHibernation(ctx, drv, e)
 		}
 		m.settle(e)
 	}

@@ -125,6 +125,10 @@ func TestMachineHibernatesAndAConnectionWakesIt(t *testing.T) {
 	}
 	const canary = "canary-of-a-memory-that-was-saved"
 	disks := t.TempDir()
+	watch, err := client.WatchSandboxes(t.Context(), &agentv1.WatchSandboxesRequest{Name: "sleeper"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	created, err := client.CreateSandbox(t.Context(), &agentv1.CreateSandboxRequest{
 		Sandbox: &agentv1.Sandbox{Name: "sleeper", Spec: &agentv1.SandboxSpec{
 			Driver: "vm", Source: &agentv1.SandboxSpec_Image{Image: image.RootName}, Command: []string{"listen", "127.0.0.1:8080"},
@@ -141,6 +145,19 @@ func TestMachineHibernatesAndAConnectionWakesIt(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	// How far its boot was, people were told.
+	said := map[string]bool{}
+	for phase := agentv1.Phase_PHASE_UNSPECIFIED; phase != agentv1.Phase_PHASE_READY; {
+		event, err := watch.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		phase = event.GetChanged().GetStatus().GetPhase()
+		said[event.GetChanged().GetStatus().GetMessage()] = true
+	}
+	if !said["booting the kernel"] {
+		t.Errorf("of its boot was said only %v", said)
 	}
 	address := created.GetSandbox().GetStatus().GetEndpoints()[0].GetAddress()
 	say := func(what string) {

@@ -54,6 +54,8 @@ type Life struct {
 	StartedAt time.Time
 	Boot      string // the host's boot id
 	Paused    bool   `json:",omitempty"`
+	// Progress is what it is busy with before it can be spoken to, for people.
+	Progress string `json:",omitempty"`
 }
 
 // End is how a life ended.

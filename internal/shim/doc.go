@@ -10,6 +10,9 @@
 // same. Both sides are here: what a driver does with a box, and what the shim
 // in it does.
 //
+// A shim that a user's service started leaves that service for a scope of its
+// own, so that neither a crash of the service nor its restart touches it.
+//
 // The package knows nothing of what a shim runs, and refuses to guess: a shim
 // that was killed is reported as killed.
 package shim

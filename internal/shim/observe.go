@@ -41,7 +41,7 @@ func (b Box) Observe() (sandbox.Observation, Life, error) {
 	if _, alive, err := b.alive(); err != nil {
 		return fail(err)
 	} else if alive {
-		return sandbox.Observation{State: sandbox.StateRunning, StartedAt: present.StartedAt, Paused: present.Paused}, present, nil
+		return sandbox.Observation{State: sandbox.StateRunning, StartedAt: present.StartedAt, Paused: present.Paused, Detail: present.Progress}, present, nil
 	}
 	// Between the two looks it may have written its end and gone.
 	if o, ended, err := b.ended(present); ended || err != nil {

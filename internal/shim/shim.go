@@ -7,9 +7,11 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -24,7 +26,10 @@ type Shim struct {
 	// at once. They come again and again.
 	Stops <-chan time.Duration
 
-	life   Life
+	mu      sync.Mutex
+	started bool // life is on record
+	life    Life
+
 	alive  *os.File // locked
 	ending *os.File // closing it, by ending, tells that this life is over
 	mutex  *os.File
@@ -52,6 +57,10 @@ func Enter(dir string) (*Shim, error) {
 
 func (s *Shim) enter() error {
 	var err error
+	if err = leaveService(filepath.Base(s.Box.Dir)); err != nil {
+		// It runs all the same, until its service is restarted.
+		fmt.Fprintln(os.Stderr, err)
+	}
 	if s.alive, err = os.OpenFile(s.Box.Path(aliveLock), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return err
 	}
@@ -114,11 +123,14 @@ func readStops(requests *os.File) <-chan time.Duration {
 // Started says that the sandbox runs, to whoever waits for that and in the
 // record. On an error the sandbox is to be ended, as if it had never run.
 func (s *Shim) Started() error {
+	s.mu.Lock()
 	s.life.StartedAt = time.Now()
 	var err error
 	if s.life.Boot, err = BootID(); err == nil {
 		err = s.Box.Save(lifeRecord, s.life)
 	}
+	s.started = err == nil
+	s.mu.Unlock()
 	if err != nil {
 		s.Fail(err)
 		return err
@@ -132,7 +144,24 @@ func (s *Shim) Started() error {
 
 // SetPaused writes down whether the sandbox, which runs, is halted.
 func (s *Shim) SetPaused(paused bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.life.Paused = paused
+	return s.Box.Save(lifeRecord, s.life)
+}
+
+// SetProgress writes down what the sandbox is busy with before it can be spoken
+// to; empty: it can be.
+func (s *Shim) SetProgress(what string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.life.Progress == what {
+		return nil
+	}
+	s.life.Progress = what
+	if !s.started {
+		return nil
+	}
 	return s.Box.Save(lifeRecord, s.life)
 }
 
@@ -152,6 +181,8 @@ func (s *Shim) Finish(end End) error {
 	if end.FinishedAt.IsZero() {
 		end.FinishedAt = time.Now()
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	return errors.Join(s.Log.fault(), s.Box.Save(endRecord, endOf{s.life, end}))
 }
 

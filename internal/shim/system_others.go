@@ -16,3 +16,7 @@ func detached() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setsid: true}
 func BootID() (string, error) { return syscall.Sysctl("kern.bootsessionuuid") }
 
 func reap(cmd *exec.Cmd) { go func() { _ = cmd.Wait() }() }
+
+// leaveService does nothing: launchd ends what is in its job's process group
+// (AbandonProcessGroup in launchd.plist(5)), and a shim has a session of its own.
+func leaveService(string) error { return nil }

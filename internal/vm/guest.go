@@ -83,6 +83,9 @@ func (l *life) greet(conn *wire.Conn) error {
 		return err
 	}
 	_ = conn.NetConn().SetDeadline(time.Time{})
+	if again {
+		l.progress("")
+	}
 	if !l.guest.CompareAndSwap(before, conn) {
 		return errors.New("another called meanwhile")
 	}
@@ -112,6 +115,9 @@ func (l *life) hear(conn *wire.Conn) error {
 			var note guestv1.MachineNote
 			if err := wire.Decode(payload, &note); err != nil {
 				return err
+			}
+			if stage, ok := note.GetNote().(*guestv1.MachineNote_Stage); ok {
+				l.progress(printable(stage.Stage))
 			}
 			if note.GetHeld() {
 				select {

@@ -71,6 +71,11 @@ func RunShim(args []string, newMachine func(context.Context, Config) (Machine, e
 		s.Fail(err)
 		return 1
 	}
+	if l.savedKey == nil {
+		l.progress("booting the kernel")
+	} else {
+		l.progress("going on from its memory")
+	}
 	if err := s.Started(); err != nil {
 		l.release()
 		return 1
@@ -82,6 +87,14 @@ func RunShim(args []string, newMachine func(context.Context, Config) (Machine, e
 		return 1
 	}
 	return 0
+}
+
+// progress tells people how far the machine is. That it cannot is no reason to
+// stop.
+func (l *life) progress(what string) {
+	if err := l.SetProgress(what); err != nil {
+		fmt.Fprintln(os.Stderr, "note its progress:", err)
+	}
 }
 
 // life is one life of one machine, in its shim.

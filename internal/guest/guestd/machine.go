@@ -79,6 +79,7 @@ func (l *life) become(plan *guestv1.Machine) {
 		l.workload.end(ending{exitFault, l.fault})
 		return
 	}
+	l.host.stage("")
 	l.kills = machine.OOMKills()
 	if l.initramfs != nil {
 		go func() { // that, too, can wait

@@ -684,7 +684,8 @@ type isMachineNote_Note interface {
 }
 
 type MachineNote_Stage struct {
-	// What is being done, for people: the machine is not ready yet.
+	// What is being done, for people: the machine is not ready yet. Empty: it
+	// is.
 	Stage string `protobuf:"bytes,1,opt,name=stage,proto3,oneof"`
 }
 
