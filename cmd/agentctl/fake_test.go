@@ -42,7 +42,10 @@ type fakeAgent struct {
 	agentv1.UnimplementedSecretServiceServer
 	agentv1.UnimplementedStatsServiceServer
 
-	disk  string // the folder with the sandboxes' files
+	disk string // the folder with the sandboxes' files
+	// snapshots are of the one disk that all sandboxes share.
+	snapshots []*agentv1.DiskSnapshot
+
 	began time.Time
 
 	network, address string

@@ -53,6 +53,44 @@ func (f *fakeAgent) HibernateSandbox(_ context.Context, req *agentv1.HibernateSa
 	return &agentv1.HibernateSandboxResponse{Sandbox: s.set(func(st *agentv1.SandboxStatus) { st.Phase = agentv1.Phase_PHASE_HIBERNATED })}, nil
 }
 
+func (f *fakeAgent) CreateDiskSnapshot(_ context.Context, req *agentv1.CreateDiskSnapshotRequest) (*agentv1.CreateDiskSnapshotResponse, error) {
+	s, err := f.get(req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s.running != nil {
+		return nil, fail(fmt.Errorf("snapshot a disk of %s: it is ready; stop it first: %w", req.GetName(), sandbox.ErrState), req.GetName())
+	}
+	made := &agentv1.DiskSnapshot{Id: fmt.Sprint("copy-", len(f.snapshots)+1), CreateTime: timestamppb.Now(), SizeBytes: 64 << 20}
+	f.snapshots = append([]*agentv1.DiskSnapshot{made}, f.snapshots...)
+	return &agentv1.CreateDiskSnapshotResponse{Snapshot: made}, nil
+}
+
+func (f *fakeAgent) ListDiskSnapshots(_ context.Context, req *agentv1.ListDiskSnapshotsRequest) (*agentv1.ListDiskSnapshotsResponse, error) {
+	if _, err := f.get(req.GetName()); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &agentv1.ListDiskSnapshotsResponse{Snapshots: f.snapshots}, nil
+}
+
+func (f *fakeAgent) RestoreDiskSnapshot(_ context.Context, req *agentv1.RestoreDiskSnapshotRequest) (*agentv1.RestoreDiskSnapshotResponse, error) {
+	if _, err := f.get(req.GetName()); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, s := range f.snapshots {
+		if s.GetId() == req.GetSnapshot() {
+			return &agentv1.RestoreDiskSnapshotResponse{}, nil
+		}
+	}
+	return nil, fail(sandbox.Invalidf("snapshot", "%q is none of this disk's", req.GetSnapshot()), req.GetName())
+}
+
 func (s *fakeSandbox) resumed() *agentv1.Sandbox {
 	return s.set(func(st *agentv1.SandboxStatus) {
 		if st.GetPhase() == agentv1.Phase_PHASE_PAUSED {

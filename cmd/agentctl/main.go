@@ -88,7 +88,7 @@ func (a *app) rootCommand() *cobra.Command {
 	flags.BoolVarP(&a.quiet, "quiet", "q", false, "print nothing but results and errors; lists print names only")
 	must(root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp)))
 
-	root.AddCommand(a.sandboxCommand(), a.execCommand(), a.fileCommand(), a.portCommand(), a.egressCommand(), a.secretCommand(), a.topCommand(),
+	root.AddCommand(a.sandboxCommand(), a.execCommand(), a.fileCommand(), a.portCommand(), a.egressCommand(), a.diskCommand(), a.secretCommand(), a.topCommand(),
 		a.imageCommand(), a.hostCommand(), a.doctorCommand(), a.versionCommand(), a.completionCommand(), exitCodesTopic(), specFileTopic())
 	root.SetHelpCommand(a.helpCommand())
 	root.SetUsageTemplate(usageTemplate)

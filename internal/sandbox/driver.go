@@ -210,6 +210,28 @@ type Hibernator interface {
 	Hibernate(ctx context.Context, ref Ref) error
 }
 
+// Snapshotter is implemented by drivers that keep copies of a sandbox's disks,
+// the last 3 of each, for as long as the disk is there. target is where a disk
+// is mounted; empty: the only one. Of an absent sandbox: an error that wraps
+// ErrNotFound; of one without disks: ErrUnsupported.
+type Snapshotter interface {
+	// SnapshotDisk copies a disk of a sandbox that does not run, or is paused;
+	// then the copy is as after a power cut. Else the error wraps ErrState.
+	SnapshotDisk(ctx context.Context, ref Ref, target string) (DiskSnapshot, error)
+	// DiskSnapshots lists the copies, the latest first.
+	DiskSnapshots(ctx context.Context, ref Ref, target string) ([]DiskSnapshot, error)
+	// RestoreDisk makes a disk what it was, of a sandbox that does not run; a
+	// memory that was saved is forgotten. On an error the disk is as before.
+	RestoreDisk(ctx context.Context, ref Ref, target, id string) error
+}
+
+// DiskSnapshot is a copy of a disk.
+type DiskSnapshot struct {
+	ID        string
+	CreatedAt time.Time
+	SizeBytes uint64 // of the disk; the copy takes room for its data alone
+}
+
 // Console is implemented by drivers whose sandboxes have a console of their
 // own, beside what the workload prints.
 type Console interface {
@@ -258,7 +280,8 @@ type Image struct {
 }
 
 // Abilities names what a driver can do beyond the basics, found by type
-// assertion: some of "console", "egress", "hibernate", "images", "logs", "pause", "resize".
+// assertion: some of "console", "egress", "hibernate", "images", "logs", "pause", "resize",
+// "snapshot".
 func Abilities(d Driver) []string {
 	var names []string
 	if _, ok := d.(Console); ok {
@@ -281,6 +304,9 @@ func Abilities(d Driver) []string {
 	}
 	if _, ok := d.(Resizer); ok {
 		names = append(names, "resize")
+	}
+	if _, ok := d.(Snapshotter); ok {
+		names = append(names, "snapshot")
 	}
 	return names
 }

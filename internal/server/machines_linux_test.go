@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 
@@ -204,6 +205,15 @@ func TestMachineHibernatesAndAConnectionWakesIt(t *testing.T) {
 		}
 	}
 
+	snapshot := func() (*agentv1.DiskSnapshot, error) {
+		answer, err := client.CreateDiskSnapshot(t.Context(), &agentv1.CreateDiskSnapshotRequest{Name: "sleeper", Target: "/data"})
+		return answer.GetSnapshot(), err
+	}
+	made, err := snapshot()
+	if err != nil || made.GetSizeBytes() != 64<<20 {
+		t.Errorf("a snapshot of the disk of one that sleeps: %v, %v", made, err)
+	}
+
 	say("woken")
 	got, err := client.GetSandbox(t.Context(), &agentv1.GetSandboxRequest{Name: "sleeper"})
 	if s := got.GetSandbox().GetStatus(); err != nil || s.GetPhase() != agentv1.Phase_PHASE_READY || s.GetGeneration() != 2 {
@@ -219,6 +229,28 @@ func TestMachineHibernatesAndAConnectionWakesIt(t *testing.T) {
 		t.Error(err)
 	}
 	say("not put to sleep again")
+	if _, err := snapshot(); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("a snapshot of a disk that is mounted: %v", err)
+	}
+	restore := func(id string) error {
+		_, err := client.RestoreDiskSnapshot(t.Context(), &agentv1.RestoreDiskSnapshotRequest{Name: "sleeper", Snapshot: id})
+		return err
+	}
+	if err := restore(made.GetId()); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("a disk that is mounted was restored: %v", err)
+	}
+	if _, err := client.StopSandbox(t.Context(), &agentv1.StopSandboxRequest{Name: "sleeper"}); err != nil {
+		t.Fatal(err)
+	}
+	listed, err := client.ListDiskSnapshots(t.Context(), &agentv1.ListDiskSnapshotsRequest{Name: "sleeper"})
+	if diff := cmp.Diff([]*agentv1.DiskSnapshot{made}, listed.GetSnapshots(), protocmp.Transform()); err != nil || diff != "" {
+		t.Errorf("snapshots, %v (-want +got):\n%s", err, diff)
+	}
+	for id, want := range map[string]codes.Code{made.GetId(): codes.OK, "": codes.InvalidArgument, "another": codes.InvalidArgument} {
+		if err := restore(id); status.Code(err) != want {
+			t.Errorf("restore %q: %v; want %v", id, err, want)
+		}
+	}
 	if _, err := client.DeleteSandbox(t.Context(), &agentv1.DeleteSandboxRequest{Name: "sleeper"}); err != nil {
 		t.Fatal(err)
 	}

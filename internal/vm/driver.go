@@ -49,6 +49,7 @@ var (
 	_ sandbox.ImageStore    = (*Driver)(nil)
 	_ sandbox.Pauser        = (*Driver)(nil)
 	_ sandbox.Hibernator    = (*Driver)(nil)
+	_ sandbox.Snapshotter   = (*Driver)(nil)
 	_ sandbox.Console       = (*Driver)(nil)
 	_ sandbox.EgressPolicer = (*Driver)(nil)
 )

@@ -127,7 +127,7 @@ func (x Refusal_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Refusal_Kind.Descriptor instead.
 func (Refusal_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{36, 0}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{43, 0}
 }
 
 type CreateSandboxRequest struct {
@@ -976,6 +976,378 @@ func (x *HibernateSandboxResponse) GetSandbox() *Sandbox {
 	return nil
 }
 
+type CreateDiskSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The sandbox.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Where the disk is mounted; empty: the sandbox has one only.
+	Target        string `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateDiskSnapshotRequest) Reset() {
+	*x = CreateDiskSnapshotRequest{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateDiskSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateDiskSnapshotRequest) ProtoMessage() {}
+
+func (x *CreateDiskSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateDiskSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*CreateDiskSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *CreateDiskSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateDiskSnapshotRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *CreateDiskSnapshotRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type CreateDiskSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      *DiskSnapshot          `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateDiskSnapshotResponse) Reset() {
+	*x = CreateDiskSnapshotResponse{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateDiskSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateDiskSnapshotResponse) ProtoMessage() {}
+
+func (x *CreateDiskSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateDiskSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*CreateDiskSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *CreateDiskSnapshotResponse) GetSnapshot() *DiskSnapshot {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+// DiskSnapshot is a copy of a disk.
+type DiskSnapshot struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	CreateTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	// Of the disk. The copy takes room for its data alone.
+	SizeBytes     uint64 `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiskSnapshot) Reset() {
+	*x = DiskSnapshot{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskSnapshot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskSnapshot) ProtoMessage() {}
+
+func (x *DiskSnapshot) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskSnapshot.ProtoReflect.Descriptor instead.
+func (*DiskSnapshot) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *DiskSnapshot) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DiskSnapshot) GetCreateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreateTime
+	}
+	return nil
+}
+
+func (x *DiskSnapshot) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+type ListDiskSnapshotsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in CreateDiskSnapshotRequest.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Target        string `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDiskSnapshotsRequest) Reset() {
+	*x = ListDiskSnapshotsRequest{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDiskSnapshotsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDiskSnapshotsRequest) ProtoMessage() {}
+
+func (x *ListDiskSnapshotsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDiskSnapshotsRequest.ProtoReflect.Descriptor instead.
+func (*ListDiskSnapshotsRequest) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ListDiskSnapshotsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListDiskSnapshotsRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+type ListDiskSnapshotsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The latest first, at most 3.
+	Snapshots     []*DiskSnapshot `protobuf:"bytes,1,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDiskSnapshotsResponse) Reset() {
+	*x = ListDiskSnapshotsResponse{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDiskSnapshotsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDiskSnapshotsResponse) ProtoMessage() {}
+
+func (x *ListDiskSnapshotsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDiskSnapshotsResponse.ProtoReflect.Descriptor instead.
+func (*ListDiskSnapshotsResponse) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ListDiskSnapshotsResponse) GetSnapshots() []*DiskSnapshot {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+type RestoreDiskSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in CreateDiskSnapshotRequest.
+	Name   string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Target string `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	// DiskSnapshot.id.
+	Snapshot      string `protobuf:"bytes,3,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreDiskSnapshotRequest) Reset() {
+	*x = RestoreDiskSnapshotRequest{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreDiskSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreDiskSnapshotRequest) ProtoMessage() {}
+
+func (x *RestoreDiskSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreDiskSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*RestoreDiskSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *RestoreDiskSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RestoreDiskSnapshotRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *RestoreDiskSnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *RestoreDiskSnapshotRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type RestoreDiskSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreDiskSnapshotResponse) Reset() {
+	*x = RestoreDiskSnapshotResponse{}
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreDiskSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreDiskSnapshotResponse) ProtoMessage() {}
+
+func (x *RestoreDiskSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreDiskSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*RestoreDiskSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{22}
+}
+
 type DeleteSandboxRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -990,7 +1362,7 @@ type DeleteSandboxRequest struct {
 
 func (x *DeleteSandboxRequest) Reset() {
 	*x = DeleteSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1002,7 +1374,7 @@ func (x *DeleteSandboxRequest) String() string {
 func (*DeleteSandboxRequest) ProtoMessage() {}
 
 func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1015,7 +1387,7 @@ func (x *DeleteSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{16}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DeleteSandboxRequest) GetName() string {
@@ -1054,7 +1426,7 @@ type DeleteSandboxResponse struct {
 
 func (x *DeleteSandboxResponse) Reset() {
 	*x = DeleteSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1066,7 +1438,7 @@ func (x *DeleteSandboxResponse) String() string {
 func (*DeleteSandboxResponse) ProtoMessage() {}
 
 func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[17]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1079,7 +1451,7 @@ func (x *DeleteSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSandboxResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{17}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{24}
 }
 
 type GetSandboxRequest struct {
@@ -1091,7 +1463,7 @@ type GetSandboxRequest struct {
 
 func (x *GetSandboxRequest) Reset() {
 	*x = GetSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1475,7 @@ func (x *GetSandboxRequest) String() string {
 func (*GetSandboxRequest) ProtoMessage() {}
 
 func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[18]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1488,7 @@ func (x *GetSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxRequest.ProtoReflect.Descriptor instead.
 func (*GetSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{18}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *GetSandboxRequest) GetName() string {
@@ -1135,7 +1507,7 @@ type GetSandboxResponse struct {
 
 func (x *GetSandboxResponse) Reset() {
 	*x = GetSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1147,7 +1519,7 @@ func (x *GetSandboxResponse) String() string {
 func (*GetSandboxResponse) ProtoMessage() {}
 
 func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[19]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1160,7 +1532,7 @@ func (x *GetSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSandboxResponse.ProtoReflect.Descriptor instead.
 func (*GetSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{19}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GetSandboxResponse) GetSandbox() *Sandbox {
@@ -1184,7 +1556,7 @@ type ListSandboxesRequest struct {
 
 func (x *ListSandboxesRequest) Reset() {
 	*x = ListSandboxesRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1568,7 @@ func (x *ListSandboxesRequest) String() string {
 func (*ListSandboxesRequest) ProtoMessage() {}
 
 func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[20]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1581,7 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{20}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListSandboxesRequest) GetLabelSelector() string {
@@ -1244,7 +1616,7 @@ type ListSandboxesResponse struct {
 
 func (x *ListSandboxesResponse) Reset() {
 	*x = ListSandboxesResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1256,7 +1628,7 @@ func (x *ListSandboxesResponse) String() string {
 func (*ListSandboxesResponse) ProtoMessage() {}
 
 func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[21]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1269,7 +1641,7 @@ func (x *ListSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*ListSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{21}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListSandboxesResponse) GetSandboxes() []*Sandbox {
@@ -1302,7 +1674,7 @@ type WatchSandboxesRequest struct {
 
 func (x *WatchSandboxesRequest) Reset() {
 	*x = WatchSandboxesRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1314,7 +1686,7 @@ func (x *WatchSandboxesRequest) String() string {
 func (*WatchSandboxesRequest) ProtoMessage() {}
 
 func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[22]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1327,7 +1699,7 @@ func (x *WatchSandboxesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{22}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WatchSandboxesRequest) GetLabelSelector() string {
@@ -1371,7 +1743,7 @@ type WatchSandboxesResponse struct {
 
 func (x *WatchSandboxesResponse) Reset() {
 	*x = WatchSandboxesResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1383,7 +1755,7 @@ func (x *WatchSandboxesResponse) String() string {
 func (*WatchSandboxesResponse) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[23]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1396,7 +1768,7 @@ func (x *WatchSandboxesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WatchSandboxesResponse) GetEvent() isWatchSandboxesResponse_Event {
@@ -1491,7 +1863,7 @@ type TouchSandboxRequest struct {
 
 func (x *TouchSandboxRequest) Reset() {
 	*x = TouchSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1503,7 +1875,7 @@ func (x *TouchSandboxRequest) String() string {
 func (*TouchSandboxRequest) ProtoMessage() {}
 
 func (x *TouchSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[24]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1516,7 +1888,7 @@ func (x *TouchSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TouchSandboxRequest.ProtoReflect.Descriptor instead.
 func (*TouchSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{24}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *TouchSandboxRequest) GetName() string {
@@ -1542,7 +1914,7 @@ type TouchSandboxResponse struct {
 
 func (x *TouchSandboxResponse) Reset() {
 	*x = TouchSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +1926,7 @@ func (x *TouchSandboxResponse) String() string {
 func (*TouchSandboxResponse) ProtoMessage() {}
 
 func (x *TouchSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[25]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +1939,7 @@ func (x *TouchSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TouchSandboxResponse.ProtoReflect.Descriptor instead.
 func (*TouchSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{25}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *TouchSandboxResponse) GetLastActivityTime() *timestamppb.Timestamp {
@@ -1591,7 +1963,7 @@ type UpdateSandboxRequest struct {
 
 func (x *UpdateSandboxRequest) Reset() {
 	*x = UpdateSandboxRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1603,7 +1975,7 @@ func (x *UpdateSandboxRequest) String() string {
 func (*UpdateSandboxRequest) ProtoMessage() {}
 
 func (x *UpdateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[26]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1616,7 +1988,7 @@ func (x *UpdateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{26}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UpdateSandboxRequest) GetSandbox() *Sandbox {
@@ -1649,7 +2021,7 @@ type UpdateSandboxResponse struct {
 
 func (x *UpdateSandboxResponse) Reset() {
 	*x = UpdateSandboxResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +2033,7 @@ func (x *UpdateSandboxResponse) String() string {
 func (*UpdateSandboxResponse) ProtoMessage() {}
 
 func (x *UpdateSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[27]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +2046,7 @@ func (x *UpdateSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSandboxResponse.ProtoReflect.Descriptor instead.
 func (*UpdateSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{27}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UpdateSandboxResponse) GetSandbox() *Sandbox {
@@ -1701,7 +2073,7 @@ type StreamSandboxLogsRequest struct {
 
 func (x *StreamSandboxLogsRequest) Reset() {
 	*x = StreamSandboxLogsRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +2085,7 @@ func (x *StreamSandboxLogsRequest) String() string {
 func (*StreamSandboxLogsRequest) ProtoMessage() {}
 
 func (x *StreamSandboxLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[28]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +2098,7 @@ func (x *StreamSandboxLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamSandboxLogsRequest.ProtoReflect.Descriptor instead.
 func (*StreamSandboxLogsRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{28}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *StreamSandboxLogsRequest) GetName() string {
@@ -1777,7 +2149,7 @@ type StreamSandboxLogsResponse struct {
 
 func (x *StreamSandboxLogsResponse) Reset() {
 	*x = StreamSandboxLogsResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1789,7 +2161,7 @@ func (x *StreamSandboxLogsResponse) String() string {
 func (*StreamSandboxLogsResponse) ProtoMessage() {}
 
 func (x *StreamSandboxLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[29]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1802,7 +2174,7 @@ func (x *StreamSandboxLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamSandboxLogsResponse.ProtoReflect.Descriptor instead.
 func (*StreamSandboxLogsResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{29}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StreamSandboxLogsResponse) GetStream() LogStream {
@@ -1842,7 +2214,7 @@ type AttachConsoleRequest struct {
 
 func (x *AttachConsoleRequest) Reset() {
 	*x = AttachConsoleRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1854,7 +2226,7 @@ func (x *AttachConsoleRequest) String() string {
 func (*AttachConsoleRequest) ProtoMessage() {}
 
 func (x *AttachConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[30]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1867,7 +2239,7 @@ func (x *AttachConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachConsoleRequest.ProtoReflect.Descriptor instead.
 func (*AttachConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{30}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AttachConsoleRequest) GetMessage() isAttachConsoleRequest_Message {
@@ -1922,7 +2294,7 @@ type ConsoleOpen struct {
 
 func (x *ConsoleOpen) Reset() {
 	*x = ConsoleOpen{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1934,7 +2306,7 @@ func (x *ConsoleOpen) String() string {
 func (*ConsoleOpen) ProtoMessage() {}
 
 func (x *ConsoleOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[31]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1947,7 +2319,7 @@ func (x *ConsoleOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleOpen.ProtoReflect.Descriptor instead.
 func (*ConsoleOpen) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{31}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ConsoleOpen) GetName() string {
@@ -1972,7 +2344,7 @@ type AttachConsoleResponse struct {
 
 func (x *AttachConsoleResponse) Reset() {
 	*x = AttachConsoleResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1984,7 +2356,7 @@ func (x *AttachConsoleResponse) String() string {
 func (*AttachConsoleResponse) ProtoMessage() {}
 
 func (x *AttachConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[32]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1997,7 +2369,7 @@ func (x *AttachConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachConsoleResponse.ProtoReflect.Descriptor instead.
 func (*AttachConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{32}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *AttachConsoleResponse) GetMessage() isAttachConsoleResponse_Message {
@@ -2052,7 +2424,7 @@ type ConsoleOpened struct {
 
 func (x *ConsoleOpened) Reset() {
 	*x = ConsoleOpened{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2064,7 +2436,7 @@ func (x *ConsoleOpened) String() string {
 func (*ConsoleOpened) ProtoMessage() {}
 
 func (x *ConsoleOpened) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[33]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2077,7 +2449,7 @@ func (x *ConsoleOpened) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleOpened.ProtoReflect.Descriptor instead.
 func (*ConsoleOpened) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{33}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ConsoleOpened) GetGeneration() uint64 {
@@ -2097,7 +2469,7 @@ type ListRefusalsRequest struct {
 
 func (x *ListRefusalsRequest) Reset() {
 	*x = ListRefusalsRequest{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2109,7 +2481,7 @@ func (x *ListRefusalsRequest) String() string {
 func (*ListRefusalsRequest) ProtoMessage() {}
 
 func (x *ListRefusalsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[34]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2122,7 +2494,7 @@ func (x *ListRefusalsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRefusalsRequest.ProtoReflect.Descriptor instead.
 func (*ListRefusalsRequest) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{34}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListRefusalsRequest) GetName() string {
@@ -2144,7 +2516,7 @@ type ListRefusalsResponse struct {
 
 func (x *ListRefusalsResponse) Reset() {
 	*x = ListRefusalsResponse{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[35]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2156,7 +2528,7 @@ func (x *ListRefusalsResponse) String() string {
 func (*ListRefusalsResponse) ProtoMessage() {}
 
 func (x *ListRefusalsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[35]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2169,7 +2541,7 @@ func (x *ListRefusalsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRefusalsResponse.ProtoReflect.Descriptor instead.
 func (*ListRefusalsResponse) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{35}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListRefusalsResponse) GetRefusals() []*Refusal {
@@ -2202,7 +2574,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[36]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2214,7 +2586,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[36]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2227,7 +2599,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{36}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Refusal) GetKind() Refusal_Kind {
@@ -2273,7 +2645,7 @@ type WatchSandboxesResponse_Sync struct {
 
 func (x *WatchSandboxesResponse_Sync) Reset() {
 	*x = WatchSandboxesResponse_Sync{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[40]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2285,7 +2657,7 @@ func (x *WatchSandboxesResponse_Sync) String() string {
 func (*WatchSandboxesResponse_Sync) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse_Sync) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[40]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2298,7 +2670,7 @@ func (x *WatchSandboxesResponse_Sync) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse_Sync.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse_Sync) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23, 0}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{30, 0}
 }
 
 type WatchSandboxesResponse_Reset struct {
@@ -2309,7 +2681,7 @@ type WatchSandboxesResponse_Reset struct {
 
 func (x *WatchSandboxesResponse_Reset) Reset() {
 	*x = WatchSandboxesResponse_Reset{}
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[41]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2321,7 +2693,7 @@ func (x *WatchSandboxesResponse_Reset) String() string {
 func (*WatchSandboxesResponse_Reset) ProtoMessage() {}
 
 func (x *WatchSandboxesResponse_Reset) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[41]
+	mi := &file_choiros_agent_v1_sandbox_service_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2334,7 +2706,7 @@ func (x *WatchSandboxesResponse_Reset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSandboxesResponse_Reset.ProtoReflect.Descriptor instead.
 func (*WatchSandboxesResponse_Reset) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{23, 1}
+	return file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP(), []int{30, 1}
 }
 
 var File_choiros_agent_v1_sandbox_service_proto protoreflect.FileDescriptor
@@ -2406,7 +2778,32 @@ const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x02 \x01(\tR\trequestId\"O\n" +
 	"\x18HibernateSandboxResponse\x123\n" +
-	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"\x9f\x01\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.choiros.agent.v1.SandboxR\asandbox\"f\n" +
+	"\x19CreateDiskSnapshotRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tR\trequestId\"X\n" +
+	"\x1aCreateDiskSnapshotResponse\x12:\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x1e.choiros.agent.v1.DiskSnapshotR\bsnapshot\"z\n" +
+	"\fDiskSnapshot\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12;\n" +
+	"\vcreate_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"createTime\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\"F\n" +
+	"\x18ListDiskSnapshotsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\"Y\n" +
+	"\x19ListDiskSnapshotsResponse\x12<\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x1e.choiros.agent.v1.DiskSnapshotR\tsnapshots\"\x83\x01\n" +
+	"\x1aRestoreDiskSnapshotRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12\x1a\n" +
+	"\bsnapshot\x18\x03 \x01(\tR\bsnapshot\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tR\trequestId\"\x1d\n" +
+	"\x1bRestoreDiskSnapshotResponse\"\x9f\x01\n" +
 	"\x14DeleteSandboxRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
 	"\x05grace\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05grace\x12#\n" +
@@ -2498,7 +2895,7 @@ const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\tLogStream\x12\x1a\n" +
 	"\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n" +
-	"\x11LOG_STREAM_STDERR\x10\x022\x9a\r\n" +
+	"\x11LOG_STREAM_STDERR\x10\x022\xed\x0f\n" +
 	"\x0eSandboxService\x12`\n" +
 	"\rCreateSandbox\x12&.choiros.agent.v1.CreateSandboxRequest\x1a'.choiros.agent.v1.CreateSandboxResponse\x12`\n" +
 	"\rEnsureSandbox\x12&.choiros.agent.v1.EnsureSandboxRequest\x1a'.choiros.agent.v1.EnsureSandboxResponse\x12]\n" +
@@ -2507,7 +2904,10 @@ const file_choiros_agent_v1_sandbox_service_proto_rawDesc = "" +
 	"\x0eRestartSandbox\x12'.choiros.agent.v1.RestartSandboxRequest\x1a(.choiros.agent.v1.RestartSandboxResponse\x12]\n" +
 	"\fPauseSandbox\x12%.choiros.agent.v1.PauseSandboxRequest\x1a&.choiros.agent.v1.PauseSandboxResponse\x12`\n" +
 	"\rResumeSandbox\x12&.choiros.agent.v1.ResumeSandboxRequest\x1a'.choiros.agent.v1.ResumeSandboxResponse\x12i\n" +
-	"\x10HibernateSandbox\x12).choiros.agent.v1.HibernateSandboxRequest\x1a*.choiros.agent.v1.HibernateSandboxResponse\x12`\n" +
+	"\x10HibernateSandbox\x12).choiros.agent.v1.HibernateSandboxRequest\x1a*.choiros.agent.v1.HibernateSandboxResponse\x12o\n" +
+	"\x12CreateDiskSnapshot\x12+.choiros.agent.v1.CreateDiskSnapshotRequest\x1a,.choiros.agent.v1.CreateDiskSnapshotResponse\x12l\n" +
+	"\x11ListDiskSnapshots\x12*.choiros.agent.v1.ListDiskSnapshotsRequest\x1a+.choiros.agent.v1.ListDiskSnapshotsResponse\x12r\n" +
+	"\x13RestoreDiskSnapshot\x12,.choiros.agent.v1.RestoreDiskSnapshotRequest\x1a-.choiros.agent.v1.RestoreDiskSnapshotResponse\x12`\n" +
 	"\rDeleteSandbox\x12&.choiros.agent.v1.DeleteSandboxRequest\x1a'.choiros.agent.v1.DeleteSandboxResponse\x12W\n" +
 	"\n" +
 	"GetSandbox\x12#.choiros.agent.v1.GetSandboxRequest\x1a$.choiros.agent.v1.GetSandboxResponse\x12`\n" +
@@ -2532,7 +2932,7 @@ func file_choiros_agent_v1_sandbox_service_proto_rawDescGZIP() []byte {
 }
 
 var file_choiros_agent_v1_sandbox_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_choiros_agent_v1_sandbox_service_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_choiros_agent_v1_sandbox_service_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_choiros_agent_v1_sandbox_service_proto_goTypes = []any{
 	(LogStream)(0),                       // 0: choiros.agent.v1.LogStream
 	(Refusal_Kind)(0),                    // 1: choiros.agent.v1.Refusal.Kind
@@ -2552,112 +2952,128 @@ var file_choiros_agent_v1_sandbox_service_proto_goTypes = []any{
 	(*ResumeSandboxResponse)(nil),        // 15: choiros.agent.v1.ResumeSandboxResponse
 	(*HibernateSandboxRequest)(nil),      // 16: choiros.agent.v1.HibernateSandboxRequest
 	(*HibernateSandboxResponse)(nil),     // 17: choiros.agent.v1.HibernateSandboxResponse
-	(*DeleteSandboxRequest)(nil),         // 18: choiros.agent.v1.DeleteSandboxRequest
-	(*DeleteSandboxResponse)(nil),        // 19: choiros.agent.v1.DeleteSandboxResponse
-	(*GetSandboxRequest)(nil),            // 20: choiros.agent.v1.GetSandboxRequest
-	(*GetSandboxResponse)(nil),           // 21: choiros.agent.v1.GetSandboxResponse
-	(*ListSandboxesRequest)(nil),         // 22: choiros.agent.v1.ListSandboxesRequest
-	(*ListSandboxesResponse)(nil),        // 23: choiros.agent.v1.ListSandboxesResponse
-	(*WatchSandboxesRequest)(nil),        // 24: choiros.agent.v1.WatchSandboxesRequest
-	(*WatchSandboxesResponse)(nil),       // 25: choiros.agent.v1.WatchSandboxesResponse
-	(*TouchSandboxRequest)(nil),          // 26: choiros.agent.v1.TouchSandboxRequest
-	(*TouchSandboxResponse)(nil),         // 27: choiros.agent.v1.TouchSandboxResponse
-	(*UpdateSandboxRequest)(nil),         // 28: choiros.agent.v1.UpdateSandboxRequest
-	(*UpdateSandboxResponse)(nil),        // 29: choiros.agent.v1.UpdateSandboxResponse
-	(*StreamSandboxLogsRequest)(nil),     // 30: choiros.agent.v1.StreamSandboxLogsRequest
-	(*StreamSandboxLogsResponse)(nil),    // 31: choiros.agent.v1.StreamSandboxLogsResponse
-	(*AttachConsoleRequest)(nil),         // 32: choiros.agent.v1.AttachConsoleRequest
-	(*ConsoleOpen)(nil),                  // 33: choiros.agent.v1.ConsoleOpen
-	(*AttachConsoleResponse)(nil),        // 34: choiros.agent.v1.AttachConsoleResponse
-	(*ConsoleOpened)(nil),                // 35: choiros.agent.v1.ConsoleOpened
-	(*ListRefusalsRequest)(nil),          // 36: choiros.agent.v1.ListRefusalsRequest
-	(*ListRefusalsResponse)(nil),         // 37: choiros.agent.v1.ListRefusalsResponse
-	(*Refusal)(nil),                      // 38: choiros.agent.v1.Refusal
-	nil,                                  // 39: choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
-	nil,                                  // 40: choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
-	nil,                                  // 41: choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
-	(*WatchSandboxesResponse_Sync)(nil),  // 42: choiros.agent.v1.WatchSandboxesResponse.Sync
-	(*WatchSandboxesResponse_Reset)(nil), // 43: choiros.agent.v1.WatchSandboxesResponse.Reset
-	(*Sandbox)(nil),                      // 44: choiros.agent.v1.Sandbox
-	(*durationpb.Duration)(nil),          // 45: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),        // 46: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),        // 47: google.protobuf.FieldMask
+	(*CreateDiskSnapshotRequest)(nil),    // 18: choiros.agent.v1.CreateDiskSnapshotRequest
+	(*CreateDiskSnapshotResponse)(nil),   // 19: choiros.agent.v1.CreateDiskSnapshotResponse
+	(*DiskSnapshot)(nil),                 // 20: choiros.agent.v1.DiskSnapshot
+	(*ListDiskSnapshotsRequest)(nil),     // 21: choiros.agent.v1.ListDiskSnapshotsRequest
+	(*ListDiskSnapshotsResponse)(nil),    // 22: choiros.agent.v1.ListDiskSnapshotsResponse
+	(*RestoreDiskSnapshotRequest)(nil),   // 23: choiros.agent.v1.RestoreDiskSnapshotRequest
+	(*RestoreDiskSnapshotResponse)(nil),  // 24: choiros.agent.v1.RestoreDiskSnapshotResponse
+	(*DeleteSandboxRequest)(nil),         // 25: choiros.agent.v1.DeleteSandboxRequest
+	(*DeleteSandboxResponse)(nil),        // 26: choiros.agent.v1.DeleteSandboxResponse
+	(*GetSandboxRequest)(nil),            // 27: choiros.agent.v1.GetSandboxRequest
+	(*GetSandboxResponse)(nil),           // 28: choiros.agent.v1.GetSandboxResponse
+	(*ListSandboxesRequest)(nil),         // 29: choiros.agent.v1.ListSandboxesRequest
+	(*ListSandboxesResponse)(nil),        // 30: choiros.agent.v1.ListSandboxesResponse
+	(*WatchSandboxesRequest)(nil),        // 31: choiros.agent.v1.WatchSandboxesRequest
+	(*WatchSandboxesResponse)(nil),       // 32: choiros.agent.v1.WatchSandboxesResponse
+	(*TouchSandboxRequest)(nil),          // 33: choiros.agent.v1.TouchSandboxRequest
+	(*TouchSandboxResponse)(nil),         // 34: choiros.agent.v1.TouchSandboxResponse
+	(*UpdateSandboxRequest)(nil),         // 35: choiros.agent.v1.UpdateSandboxRequest
+	(*UpdateSandboxResponse)(nil),        // 36: choiros.agent.v1.UpdateSandboxResponse
+	(*StreamSandboxLogsRequest)(nil),     // 37: choiros.agent.v1.StreamSandboxLogsRequest
+	(*StreamSandboxLogsResponse)(nil),    // 38: choiros.agent.v1.StreamSandboxLogsResponse
+	(*AttachConsoleRequest)(nil),         // 39: choiros.agent.v1.AttachConsoleRequest
+	(*ConsoleOpen)(nil),                  // 40: choiros.agent.v1.ConsoleOpen
+	(*AttachConsoleResponse)(nil),        // 41: choiros.agent.v1.AttachConsoleResponse
+	(*ConsoleOpened)(nil),                // 42: choiros.agent.v1.ConsoleOpened
+	(*ListRefusalsRequest)(nil),          // 43: choiros.agent.v1.ListRefusalsRequest
+	(*ListRefusalsResponse)(nil),         // 44: choiros.agent.v1.ListRefusalsResponse
+	(*Refusal)(nil),                      // 45: choiros.agent.v1.Refusal
+	nil,                                  // 46: choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
+	nil,                                  // 47: choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
+	nil,                                  // 48: choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
+	(*WatchSandboxesResponse_Sync)(nil),  // 49: choiros.agent.v1.WatchSandboxesResponse.Sync
+	(*WatchSandboxesResponse_Reset)(nil), // 50: choiros.agent.v1.WatchSandboxesResponse.Reset
+	(*Sandbox)(nil),                      // 51: choiros.agent.v1.Sandbox
+	(*durationpb.Duration)(nil),          // 52: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),        // 53: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),        // 54: google.protobuf.FieldMask
 }
 var file_choiros_agent_v1_sandbox_service_proto_depIdxs = []int32{
-	44, // 0: choiros.agent.v1.CreateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	39, // 1: choiros.agent.v1.CreateSandboxRequest.secret_values:type_name -> choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
-	44, // 2: choiros.agent.v1.CreateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	44, // 3: choiros.agent.v1.EnsureSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	40, // 4: choiros.agent.v1.EnsureSandboxRequest.secret_values:type_name -> choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
-	44, // 5: choiros.agent.v1.EnsureSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	41, // 6: choiros.agent.v1.StartSandboxRequest.secret_values:type_name -> choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
-	44, // 7: choiros.agent.v1.StartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	45, // 8: choiros.agent.v1.StopSandboxRequest.grace:type_name -> google.protobuf.Duration
-	44, // 9: choiros.agent.v1.StopSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	45, // 10: choiros.agent.v1.RestartSandboxRequest.grace:type_name -> google.protobuf.Duration
-	44, // 11: choiros.agent.v1.RestartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	44, // 12: choiros.agent.v1.PauseSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	44, // 13: choiros.agent.v1.ResumeSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	44, // 14: choiros.agent.v1.HibernateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	45, // 15: choiros.agent.v1.DeleteSandboxRequest.grace:type_name -> google.protobuf.Duration
-	44, // 16: choiros.agent.v1.GetSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	44, // 17: choiros.agent.v1.ListSandboxesResponse.sandboxes:type_name -> choiros.agent.v1.Sandbox
-	44, // 18: choiros.agent.v1.WatchSandboxesResponse.changed:type_name -> choiros.agent.v1.Sandbox
-	44, // 19: choiros.agent.v1.WatchSandboxesResponse.deleted:type_name -> choiros.agent.v1.Sandbox
-	42, // 20: choiros.agent.v1.WatchSandboxesResponse.sync:type_name -> choiros.agent.v1.WatchSandboxesResponse.Sync
-	43, // 21: choiros.agent.v1.WatchSandboxesResponse.reset:type_name -> choiros.agent.v1.WatchSandboxesResponse.Reset
-	46, // 22: choiros.agent.v1.TouchSandboxResponse.last_activity_time:type_name -> google.protobuf.Timestamp
-	44, // 23: choiros.agent.v1.UpdateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
-	47, // 24: choiros.agent.v1.UpdateSandboxRequest.update_mask:type_name -> google.protobuf.FieldMask
-	44, // 25: choiros.agent.v1.UpdateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
-	46, // 26: choiros.agent.v1.StreamSandboxLogsRequest.since:type_name -> google.protobuf.Timestamp
-	0,  // 27: choiros.agent.v1.StreamSandboxLogsRequest.streams:type_name -> choiros.agent.v1.LogStream
-	0,  // 28: choiros.agent.v1.StreamSandboxLogsResponse.stream:type_name -> choiros.agent.v1.LogStream
-	46, // 29: choiros.agent.v1.StreamSandboxLogsResponse.time:type_name -> google.protobuf.Timestamp
-	33, // 30: choiros.agent.v1.AttachConsoleRequest.open:type_name -> choiros.agent.v1.ConsoleOpen
-	35, // 31: choiros.agent.v1.AttachConsoleResponse.opened:type_name -> choiros.agent.v1.ConsoleOpened
-	38, // 32: choiros.agent.v1.ListRefusalsResponse.refusals:type_name -> choiros.agent.v1.Refusal
-	1,  // 33: choiros.agent.v1.Refusal.kind:type_name -> choiros.agent.v1.Refusal.Kind
-	46, // 34: choiros.agent.v1.Refusal.last_time:type_name -> google.protobuf.Timestamp
-	2,  // 35: choiros.agent.v1.SandboxService.CreateSandbox:input_type -> choiros.agent.v1.CreateSandboxRequest
-	4,  // 36: choiros.agent.v1.SandboxService.EnsureSandbox:input_type -> choiros.agent.v1.EnsureSandboxRequest
-	6,  // 37: choiros.agent.v1.SandboxService.StartSandbox:input_type -> choiros.agent.v1.StartSandboxRequest
-	8,  // 38: choiros.agent.v1.SandboxService.StopSandbox:input_type -> choiros.agent.v1.StopSandboxRequest
-	10, // 39: choiros.agent.v1.SandboxService.RestartSandbox:input_type -> choiros.agent.v1.RestartSandboxRequest
-	12, // 40: choiros.agent.v1.SandboxService.PauseSandbox:input_type -> choiros.agent.v1.PauseSandboxRequest
-	14, // 41: choiros.agent.v1.SandboxService.ResumeSandbox:input_type -> choiros.agent.v1.ResumeSandboxRequest
-	16, // 42: choiros.agent.v1.SandboxService.HibernateSandbox:input_type -> choiros.agent.v1.HibernateSandboxRequest
-	18, // 43: choiros.agent.v1.SandboxService.DeleteSandbox:input_type -> choiros.agent.v1.DeleteSandboxRequest
-	20, // 44: choiros.agent.v1.SandboxService.GetSandbox:input_type -> choiros.agent.v1.GetSandboxRequest
-	22, // 45: choiros.agent.v1.SandboxService.ListSandboxes:input_type -> choiros.agent.v1.ListSandboxesRequest
-	24, // 46: choiros.agent.v1.SandboxService.WatchSandboxes:input_type -> choiros.agent.v1.WatchSandboxesRequest
-	26, // 47: choiros.agent.v1.SandboxService.TouchSandbox:input_type -> choiros.agent.v1.TouchSandboxRequest
-	28, // 48: choiros.agent.v1.SandboxService.UpdateSandbox:input_type -> choiros.agent.v1.UpdateSandboxRequest
-	30, // 49: choiros.agent.v1.SandboxService.StreamSandboxLogs:input_type -> choiros.agent.v1.StreamSandboxLogsRequest
-	32, // 50: choiros.agent.v1.SandboxService.AttachConsole:input_type -> choiros.agent.v1.AttachConsoleRequest
-	36, // 51: choiros.agent.v1.SandboxService.ListRefusals:input_type -> choiros.agent.v1.ListRefusalsRequest
-	3,  // 52: choiros.agent.v1.SandboxService.CreateSandbox:output_type -> choiros.agent.v1.CreateSandboxResponse
-	5,  // 53: choiros.agent.v1.SandboxService.EnsureSandbox:output_type -> choiros.agent.v1.EnsureSandboxResponse
-	7,  // 54: choiros.agent.v1.SandboxService.StartSandbox:output_type -> choiros.agent.v1.StartSandboxResponse
-	9,  // 55: choiros.agent.v1.SandboxService.StopSandbox:output_type -> choiros.agent.v1.StopSandboxResponse
-	11, // 56: choiros.agent.v1.SandboxService.RestartSandbox:output_type -> choiros.agent.v1.RestartSandboxResponse
-	13, // 57: choiros.agent.v1.SandboxService.PauseSandbox:output_type -> choiros.agent.v1.PauseSandboxResponse
-	15, // 58: choiros.agent.v1.SandboxService.ResumeSandbox:output_type -> choiros.agent.v1.ResumeSandboxResponse
-	17, // 59: choiros.agent.v1.SandboxService.HibernateSandbox:output_type -> choiros.agent.v1.HibernateSandboxResponse
-	19, // 60: choiros.agent.v1.SandboxService.DeleteSandbox:output_type -> choiros.agent.v1.DeleteSandboxResponse
-	21, // 61: choiros.agent.v1.SandboxService.GetSandbox:output_type -> choiros.agent.v1.GetSandboxResponse
-	23, // 62: choiros.agent.v1.SandboxService.ListSandboxes:output_type -> choiros.agent.v1.ListSandboxesResponse
-	25, // 63: choiros.agent.v1.SandboxService.WatchSandboxes:output_type -> choiros.agent.v1.WatchSandboxesResponse
-	27, // 64: choiros.agent.v1.SandboxService.TouchSandbox:output_type -> choiros.agent.v1.TouchSandboxResponse
-	29, // 65: choiros.agent.v1.SandboxService.UpdateSandbox:output_type -> choiros.agent.v1.UpdateSandboxResponse
-	31, // 66: choiros.agent.v1.SandboxService.StreamSandboxLogs:output_type -> choiros.agent.v1.StreamSandboxLogsResponse
-	34, // 67: choiros.agent.v1.SandboxService.AttachConsole:output_type -> choiros.agent.v1.AttachConsoleResponse
-	37, // 68: choiros.agent.v1.SandboxService.ListRefusals:output_type -> choiros.agent.v1.ListRefusalsResponse
-	52, // [52:69] is the sub-list for method output_type
-	35, // [35:52] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	51, // 0: choiros.agent.v1.CreateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	46, // 1: choiros.agent.v1.CreateSandboxRequest.secret_values:type_name -> choiros.agent.v1.CreateSandboxRequest.SecretValuesEntry
+	51, // 2: choiros.agent.v1.CreateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	51, // 3: choiros.agent.v1.EnsureSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	47, // 4: choiros.agent.v1.EnsureSandboxRequest.secret_values:type_name -> choiros.agent.v1.EnsureSandboxRequest.SecretValuesEntry
+	51, // 5: choiros.agent.v1.EnsureSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	48, // 6: choiros.agent.v1.StartSandboxRequest.secret_values:type_name -> choiros.agent.v1.StartSandboxRequest.SecretValuesEntry
+	51, // 7: choiros.agent.v1.StartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	52, // 8: choiros.agent.v1.StopSandboxRequest.grace:type_name -> google.protobuf.Duration
+	51, // 9: choiros.agent.v1.StopSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	52, // 10: choiros.agent.v1.RestartSandboxRequest.grace:type_name -> google.protobuf.Duration
+	51, // 11: choiros.agent.v1.RestartSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	51, // 12: choiros.agent.v1.PauseSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	51, // 13: choiros.agent.v1.ResumeSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	51, // 14: choiros.agent.v1.HibernateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	20, // 15: choiros.agent.v1.CreateDiskSnapshotResponse.snapshot:type_name -> choiros.agent.v1.DiskSnapshot
+	53, // 16: choiros.agent.v1.DiskSnapshot.create_time:type_name -> google.protobuf.Timestamp
+	20, // 17: choiros.agent.v1.ListDiskSnapshotsResponse.snapshots:type_name -> choiros.agent.v1.DiskSnapshot
+	52, // 18: choiros.agent.v1.DeleteSandboxRequest.grace:type_name -> google.protobuf.Duration
+	51, // 19: choiros.agent.v1.GetSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	51, // 20: choiros.agent.v1.ListSandboxesResponse.sandboxes:type_name -> choiros.agent.v1.Sandbox
+	51, // 21: choiros.agent.v1.WatchSandboxesResponse.changed:type_name -> choiros.agent.v1.Sandbox
+	51, // 22: choiros.agent.v1.WatchSandboxesResponse.deleted:type_name -> choiros.agent.v1.Sandbox
+	49, // 23: choiros.agent.v1.WatchSandboxesResponse.sync:type_name -> choiros.agent.v1.WatchSandboxesResponse.Sync
+	50, // 24: choiros.agent.v1.WatchSandboxesResponse.reset:type_name -> choiros.agent.v1.WatchSandboxesResponse.Reset
+	53, // 25: choiros.agent.v1.TouchSandboxResponse.last_activity_time:type_name -> google.protobuf.Timestamp
+	51, // 26: choiros.agent.v1.UpdateSandboxRequest.sandbox:type_name -> choiros.agent.v1.Sandbox
+	54, // 27: choiros.agent.v1.UpdateSandboxRequest.update_mask:type_name -> google.protobuf.FieldMask
+	51, // 28: choiros.agent.v1.UpdateSandboxResponse.sandbox:type_name -> choiros.agent.v1.Sandbox
+	53, // 29: choiros.agent.v1.StreamSandboxLogsRequest.since:type_name -> google.protobuf.Timestamp
+	0,  // 30: choiros.agent.v1.StreamSandboxLogsRequest.streams:type_name -> choiros.agent.v1.LogStream
+	0,  // 31: choiros.agent.v1.StreamSandboxLogsResponse.stream:type_name -> choiros.agent.v1.LogStream
+	53, // 32: choiros.agent.v1.StreamSandboxLogsResponse.time:type_name -> google.protobuf.Timestamp
+	40, // 33: choiros.agent.v1.AttachConsoleRequest.open:type_name -> choiros.agent.v1.ConsoleOpen
+	42, // 34: choiros.agent.v1.AttachConsoleResponse.opened:type_name -> choiros.agent.v1.ConsoleOpened
+	45, // 35: choiros.agent.v1.ListRefusalsResponse.refusals:type_name -> choiros.agent.v1.Refusal
+	1,  // 36: choiros.agent.v1.Refusal.kind:type_name -> choiros.agent.v1.Refusal.Kind
+	53, // 37: choiros.agent.v1.Refusal.last_time:type_name -> google.protobuf.Timestamp
+	2,  // 38: choiros.agent.v1.SandboxService.CreateSandbox:input_type -> choiros.agent.v1.CreateSandboxRequest
+	4,  // 39: choiros.agent.v1.SandboxService.EnsureSandbox:input_type -> choiros.agent.v1.EnsureSandboxRequest
+	6,  // 40: choiros.agent.v1.SandboxService.StartSandbox:input_type -> choiros.agent.v1.StartSandboxRequest
+	8,  // 41: choiros.agent.v1.SandboxService.StopSandbox:input_type -> choiros.agent.v1.StopSandboxRequest
+	10, // 42: choiros.agent.v1.SandboxService.RestartSandbox:input_type -> choiros.agent.v1.RestartSandboxRequest
+	12, // 43: choiros.agent.v1.SandboxService.PauseSandbox:input_type -> choiros.agent.v1.PauseSandboxRequest
+	14, // 44: choiros.agent.v1.SandboxService.ResumeSandbox:input_type -> choiros.agent.v1.ResumeSandboxRequest
+	16, // 45: choiros.agent.v1.SandboxService.HibernateSandbox:input_type -> choiros.agent.v1.HibernateSandboxRequest
+	18, // 46: choiros.agent.v1.SandboxService.CreateDiskSnapshot:input_type -> choiros.agent.v1.CreateDiskSnapshotRequest
+	21, // 47: choiros.agent.v1.SandboxService.ListDiskSnapshots:input_type -> choiros.agent.v1.ListDiskSnapshotsRequest
+	23, // 48: choiros.agent.v1.SandboxService.RestoreDiskSnapshot:input_type -> choiros.agent.v1.RestoreDiskSnapshotRequest
+	25, // 49: choiros.agent.v1.SandboxService.DeleteSandbox:input_type -> choiros.agent.v1.DeleteSandboxRequest
+	27, // 50: choiros.agent.v1.SandboxService.GetSandbox:input_type -> choiros.agent.v1.GetSandboxRequest
+	29, // 51: choiros.agent.v1.SandboxService.ListSandboxes:input_type -> choiros.agent.v1.ListSandboxesRequest
+	31, // 52: choiros.agent.v1.SandboxService.WatchSandboxes:input_type -> choiros.agent.v1.WatchSandboxesRequest
+	33, // 53: choiros.agent.v1.SandboxService.TouchSandbox:input_type -> choiros.agent.v1.TouchSandboxRequest
+	35, // 54: choiros.agent.v1.SandboxService.UpdateSandbox:input_type -> choiros.agent.v1.UpdateSandboxRequest
+	37, // 55: choiros.agent.v1.SandboxService.StreamSandboxLogs:input_type -> choiros.agent.v1.StreamSandboxLogsRequest
+	39, // 56: choiros.agent.v1.SandboxService.AttachConsole:input_type -> choiros.agent.v1.AttachConsoleRequest
+	43, // 57: choiros.agent.v1.SandboxService.ListRefusals:input_type -> choiros.agent.v1.ListRefusalsRequest
+	3,  // 58: choiros.agent.v1.SandboxService.CreateSandbox:output_type -> choiros.agent.v1.CreateSandboxResponse
+	5,  // 59: choiros.agent.v1.SandboxService.EnsureSandbox:output_type -> choiros.agent.v1.EnsureSandboxResponse
+	7,  // 60: choiros.agent.v1.SandboxService.StartSandbox:output_type -> choiros.agent.v1.StartSandboxResponse
+	9,  // 61: choiros.agent.v1.SandboxService.StopSandbox:output_type -> choiros.agent.v1.StopSandboxResponse
+	11, // 62: choiros.agent.v1.SandboxService.RestartSandbox:output_type -> choiros.agent.v1.RestartSandboxResponse
+	13, // 63: choiros.agent.v1.SandboxService.PauseSandbox:output_type -> choiros.agent.v1.PauseSandboxResponse
+	15, // 64: choiros.agent.v1.SandboxService.ResumeSandbox:output_type -> choiros.agent.v1.ResumeSandboxResponse
+	17, // 65: choiros.agent.v1.SandboxService.HibernateSandbox:output_type -> choiros.agent.v1.HibernateSandboxResponse
+	19, // 66: choiros.agent.v1.SandboxService.CreateDiskSnapshot:output_type -> choiros.agent.v1.CreateDiskSnapshotResponse
+	22, // 67: choiros.agent.v1.SandboxService.ListDiskSnapshots:output_type -> choiros.agent.v1.ListDiskSnapshotsResponse
+	24, // 68: choiros.agent.v1.SandboxService.RestoreDiskSnapshot:output_type -> choiros.agent.v1.RestoreDiskSnapshotResponse
+	26, // 69: choiros.agent.v1.SandboxService.DeleteSandbox:output_type -> choiros.agent.v1.DeleteSandboxResponse
+	28, // 70: choiros.agent.v1.SandboxService.GetSandbox:output_type -> choiros.agent.v1.GetSandboxResponse
+	30, // 71: choiros.agent.v1.SandboxService.ListSandboxes:output_type -> choiros.agent.v1.ListSandboxesResponse
+	32, // 72: choiros.agent.v1.SandboxService.WatchSandboxes:output_type -> choiros.agent.v1.WatchSandboxesResponse
+	34, // 73: choiros.agent.v1.SandboxService.TouchSandbox:output_type -> choiros.agent.v1.TouchSandboxResponse
+	36, // 74: choiros.agent.v1.SandboxService.UpdateSandbox:output_type -> choiros.agent.v1.UpdateSandboxResponse
+	38, // 75: choiros.agent.v1.SandboxService.StreamSandboxLogs:output_type -> choiros.agent.v1.StreamSandboxLogsResponse
+	41, // 76: choiros.agent.v1.SandboxService.AttachConsole:output_type -> choiros.agent.v1.AttachConsoleResponse
+	44, // 77: choiros.agent.v1.SandboxService.ListRefusals:output_type -> choiros.agent.v1.ListRefusalsResponse
+	58, // [58:78] is the sub-list for method output_type
+	38, // [38:58] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_choiros_agent_v1_sandbox_service_proto_init() }
@@ -2666,18 +3082,18 @@ func file_choiros_agent_v1_sandbox_service_proto_init() {
 		return
 	}
 	file_choiros_agent_v1_sandbox_proto_init()
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[23].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[30].OneofWrappers = []any{
 		(*WatchSandboxesResponse_Changed)(nil),
 		(*WatchSandboxesResponse_Deleted)(nil),
 		(*WatchSandboxesResponse_Sync_)(nil),
 		(*WatchSandboxesResponse_Reset_)(nil),
 	}
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[28].OneofWrappers = []any{}
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[30].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[35].OneofWrappers = []any{}
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[37].OneofWrappers = []any{
 		(*AttachConsoleRequest_Open)(nil),
 		(*AttachConsoleRequest_Data)(nil),
 	}
-	file_choiros_agent_v1_sandbox_service_proto_msgTypes[32].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_service_proto_msgTypes[39].OneofWrappers = []any{
 		(*AttachConsoleResponse_Opened)(nil),
 		(*AttachConsoleResponse_Data)(nil),
 	}
@@ -2687,7 +3103,7 @@ func file_choiros_agent_v1_sandbox_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_agent_v1_sandbox_service_proto_rawDesc), len(file_choiros_agent_v1_sandbox_service_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   42,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

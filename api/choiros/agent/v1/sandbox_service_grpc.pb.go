@@ -19,23 +19,26 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	SandboxService_CreateSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/CreateSandbox"
-	SandboxService_EnsureSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/EnsureSandbox"
-	SandboxService_StartSandbox_FullMethodName      = "/choiros.agent.v1.SandboxService/StartSandbox"
-	SandboxService_StopSandbox_FullMethodName       = "/choiros.agent.v1.SandboxService/StopSandbox"
-	SandboxService_RestartSandbox_FullMethodName    = "/choiros.agent.v1.SandboxService/RestartSandbox"
-	SandboxService_PauseSandbox_FullMethodName      = "/choiros.agent.v1.SandboxService/PauseSandbox"
-	SandboxService_ResumeSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/ResumeSandbox"
-	SandboxService_HibernateSandbox_FullMethodName  = "/choiros.agent.v1.SandboxService/HibernateSandbox"
-	SandboxService_DeleteSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/DeleteSandbox"
-	SandboxService_GetSandbox_FullMethodName        = "/choiros.agent.v1.SandboxService/GetSandbox"
-	SandboxService_ListSandboxes_FullMethodName     = "/choiros.agent.v1.SandboxService/ListSandboxes"
-	SandboxService_WatchSandboxes_FullMethodName    = "/choiros.agent.v1.SandboxService/WatchSandboxes"
-	SandboxService_TouchSandbox_FullMethodName      = "/choiros.agent.v1.SandboxService/TouchSandbox"
-	SandboxService_UpdateSandbox_FullMethodName     = "/choiros.agent.v1.SandboxService/UpdateSandbox"
-	SandboxService_StreamSandboxLogs_FullMethodName = "/choiros.agent.v1.SandboxService/StreamSandboxLogs"
-	SandboxService_AttachConsole_FullMethodName     = "/choiros.agent.v1.SandboxService/AttachConsole"
-	SandboxService_ListRefusals_FullMethodName      = "/choiros.agent.v1.SandboxService/ListRefusals"
+	SandboxService_CreateSandbox_FullMethodName       = "/choiros.agent.v1.SandboxService/CreateSandbox"
+	SandboxService_EnsureSandbox_FullMethodName       = "/choiros.agent.v1.SandboxService/EnsureSandbox"
+	SandboxService_StartSandbox_FullMethodName        = "/choiros.agent.v1.SandboxService/StartSandbox"
+	SandboxService_StopSandbox_FullMethodName         = "/choiros.agent.v1.SandboxService/StopSandbox"
+	SandboxService_RestartSandbox_FullMethodName      = "/choiros.agent.v1.SandboxService/RestartSandbox"
+	SandboxService_PauseSandbox_FullMethodName        = "/choiros.agent.v1.SandboxService/PauseSandbox"
+	SandboxService_ResumeSandbox_FullMethodName       = "/choiros.agent.v1.SandboxService/ResumeSandbox"
+	SandboxService_HibernateSandbox_FullMethodName    = "/choiros.agent.v1.SandboxService/HibernateSandbox"
+	SandboxService_CreateDiskSnapshot_FullMethodName  = "/choiros.agent.v1.SandboxService/CreateDiskSnapshot"
+	SandboxService_ListDiskSnapshots_FullMethodName   = "/choiros.agent.v1.SandboxService/ListDiskSnapshots"
+	SandboxService_RestoreDiskSnapshot_FullMethodName = "/choiros.agent.v1.SandboxService/RestoreDiskSnapshot"
+	SandboxService_DeleteSandbox_FullMethodName       = "/choiros.agent.v1.SandboxService/DeleteSandbox"
+	SandboxService_GetSandbox_FullMethodName          = "/choiros.agent.v1.SandboxService/GetSandbox"
+	SandboxService_ListSandboxes_FullMethodName       = "/choiros.agent.v1.SandboxService/ListSandboxes"
+	SandboxService_WatchSandboxes_FullMethodName      = "/choiros.agent.v1.SandboxService/WatchSandboxes"
+	SandboxService_TouchSandbox_FullMethodName        = "/choiros.agent.v1.SandboxService/TouchSandbox"
+	SandboxService_UpdateSandbox_FullMethodName       = "/choiros.agent.v1.SandboxService/UpdateSandbox"
+	SandboxService_StreamSandboxLogs_FullMethodName   = "/choiros.agent.v1.SandboxService/StreamSandboxLogs"
+	SandboxService_AttachConsole_FullMethodName       = "/choiros.agent.v1.SandboxService/AttachConsole"
+	SandboxService_ListRefusals_FullMethodName        = "/choiros.agent.v1.SandboxService/ListRefusals"
 )
 
 // SandboxServiceClient is the client API for SandboxService service.
@@ -94,6 +97,14 @@ type SandboxServiceClient interface {
 	// stopped, and the call fails. A driver that cannot, and a sandbox with
 	// folders of the host's mounted: UNSUPPORTED.
 	HibernateSandbox(ctx context.Context, in *HibernateSandboxRequest, opts ...grpc.CallOption) (*HibernateSandboxResponse, error)
+	// Copies a disk of a sandbox that does not run, or is paused: then the copy is
+	// as after a power cut. The last 3 copies are kept, beside the disk and for as
+	// long as that is. A driver without disks: UNSUPPORTED.
+	CreateDiskSnapshot(ctx context.Context, in *CreateDiskSnapshotRequest, opts ...grpc.CallOption) (*CreateDiskSnapshotResponse, error)
+	ListDiskSnapshots(ctx context.Context, in *ListDiskSnapshotsRequest, opts ...grpc.CallOption) (*ListDiskSnapshotsResponse, error)
+	// Makes a disk what it was, of a sandbox that does not run, all or nothing. A
+	// memory that was kept is forgotten. The copy stays.
+	RestoreDiskSnapshot(ctx context.Context, in *RestoreDiskSnapshotRequest, opts ...grpc.CallOption) (*RestoreDiskSnapshotResponse, error)
 	// Stops a sandbox and removes it and its artefacts. Mounted folders of the
 	// host are never touched. Of an absent one: NOT_FOUND unless allow_missing.
 	DeleteSandbox(ctx context.Context, in *DeleteSandboxRequest, opts ...grpc.CallOption) (*DeleteSandboxResponse, error)
@@ -205,6 +216,36 @@ func (c *sandboxServiceClient) HibernateSandbox(ctx context.Context, in *Hiberna
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(HibernateSandboxResponse)
 	err := c.cc.Invoke(ctx, SandboxService_HibernateSandbox_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxServiceClient) CreateDiskSnapshot(ctx context.Context, in *CreateDiskSnapshotRequest, opts ...grpc.CallOption) (*CreateDiskSnapshotResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CreateDiskSnapshotResponse)
+	err := c.cc.Invoke(ctx, SandboxService_CreateDiskSnapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxServiceClient) ListDiskSnapshots(ctx context.Context, in *ListDiskSnapshotsRequest, opts ...grpc.CallOption) (*ListDiskSnapshotsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListDiskSnapshotsResponse)
+	err := c.cc.Invoke(ctx, SandboxService_ListDiskSnapshots_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sandboxServiceClient) RestoreDiskSnapshot(ctx context.Context, in *RestoreDiskSnapshotRequest, opts ...grpc.CallOption) (*RestoreDiskSnapshotResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RestoreDiskSnapshotResponse)
+	err := c.cc.Invoke(ctx, SandboxService_RestoreDiskSnapshot_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -378,6 +419,14 @@ type SandboxServiceServer interface {
 	// stopped, and the call fails. A driver that cannot, and a sandbox with
 	// folders of the host's mounted: UNSUPPORTED.
 	HibernateSandbox(context.Context, *HibernateSandboxRequest) (*HibernateSandboxResponse, error)
+	// Copies a disk of a sandbox that does not run, or is paused: then the copy is
+	// as after a power cut. The last 3 copies are kept, beside the disk and for as
+	// long as that is. A driver without disks: UNSUPPORTED.
+	CreateDiskSnapshot(context.Context, *CreateDiskSnapshotRequest) (*CreateDiskSnapshotResponse, error)
+	ListDiskSnapshots(context.Context, *ListDiskSnapshotsRequest) (*ListDiskSnapshotsResponse, error)
+	// Makes a disk what it was, of a sandbox that does not run, all or nothing. A
+	// memory that was kept is forgotten. The copy stays.
+	RestoreDiskSnapshot(context.Context, *RestoreDiskSnapshotRequest) (*RestoreDiskSnapshotResponse, error)
 	// Stops a sandbox and removes it and its artefacts. Mounted folders of the
 	// host are never touched. Of an absent one: NOT_FOUND unless allow_missing.
 	DeleteSandbox(context.Context, *DeleteSandboxRequest) (*DeleteSandboxResponse, error)
@@ -438,6 +487,15 @@ func (UnimplementedSandboxServiceServer) ResumeSandbox(context.Context, *ResumeS
 }
 func (UnimplementedSandboxServiceServer) HibernateSandbox(context.Context, *HibernateSandboxRequest) (*HibernateSandboxResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method HibernateSandbox not implemented")
+}
+func (UnimplementedSandboxServiceServer) CreateDiskSnapshot(context.Context, *CreateDiskSnapshotRequest) (*CreateDiskSnapshotResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateDiskSnapshot not implemented")
+}
+func (UnimplementedSandboxServiceServer) ListDiskSnapshots(context.Context, *ListDiskSnapshotsRequest) (*ListDiskSnapshotsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListDiskSnapshots not implemented")
+}
+func (UnimplementedSandboxServiceServer) RestoreDiskSnapshot(context.Context, *RestoreDiskSnapshotRequest) (*RestoreDiskSnapshotResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RestoreDiskSnapshot not implemented")
 }
 func (UnimplementedSandboxServiceServer) DeleteSandbox(context.Context, *DeleteSandboxRequest) (*DeleteSandboxResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteSandbox not implemented")
@@ -631,6 +689,60 @@ func _SandboxService_HibernateSandbox_Handler(srv interface{}, ctx context.Conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _SandboxService_CreateDiskSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateDiskSnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxServiceServer).CreateDiskSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SandboxService_CreateDiskSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxServiceServer).CreateDiskSnapshot(ctx, req.(*CreateDiskSnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SandboxService_ListDiskSnapshots_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListDiskSnapshotsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxServiceServer).ListDiskSnapshots(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SandboxService_ListDiskSnapshots_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxServiceServer).ListDiskSnapshots(ctx, req.(*ListDiskSnapshotsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SandboxService_RestoreDiskSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestoreDiskSnapshotRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SandboxServiceServer).RestoreDiskSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SandboxService_RestoreDiskSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SandboxServiceServer).RestoreDiskSnapshot(ctx, req.(*RestoreDiskSnapshotRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _SandboxService_DeleteSandbox_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DeleteSandboxRequest)
 	if err := dec(in); err != nil {
@@ -806,6 +918,18 @@ var SandboxService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "HibernateSandbox",
 			Handler:    _SandboxService_HibernateSandbox_Handler,
+		},
+		{
+			MethodName: "CreateDiskSnapshot",
+			Handler:    _SandboxService_CreateDiskSnapshot_Handler,
+		},
+		{
+			MethodName: "ListDiskSnapshots",
+			Handler:    _SandboxService_ListDiskSnapshots_Handler,
+		},
+		{
+			MethodName: "RestoreDiskSnapshot",
+			Handler:    _SandboxService_RestoreDiskSnapshot_Handler,
 		},
 		{
 			MethodName: "DeleteSandbox",
