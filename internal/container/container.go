@@ -2,6 +2,8 @@ package container
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 
@@ -133,7 +135,18 @@ func (d *Driver) isAbandoned(data *define.InspectContainerData) bool {
 // Inspect implements sandbox.Driver.
 func (d *Driver) Inspect(ctx context.Context, ref sandbox.Ref) (sandbox.Observation, error) {
 	o, err := d.observe(ctx, ref.ID)
-	return o, op("inspect", ref.ID, err)
+	return withOOM(ref, o), op("inspect", ref.ID, err)
+}
+
+// withOOM adds to what Podman says of an end what guestd has left a word of: that
+// it was for want of memory, which Podman may have come too late to see. The
+// word is the guest's, and of its own end.
+func withOOM(ref sandbox.Ref, o sandbox.Observation) sandbox.Observation {
+	if o.State == sandbox.StateExited && o.ExitCode == 128+9 && !o.OOMKilled {
+		_, err := os.Lstat(filepath.Join(guestDir(ref), "oom"))
+		o.OOMKilled = err == nil
+	}
+	return o
 }
 
 func (d *Driver) observe(ctx context.Context, id string) (sandbox.Observation, error) {

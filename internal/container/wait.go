@@ -262,7 +262,7 @@ func (w *endWatcher) review(ctx context.Context) {
 // Wait implements sandbox.Driver.
 func (d *Driver) Wait(ctx context.Context, ref sandbox.Ref) (sandbox.Observation, error) {
 	o, err := d.wait(ctx, ref.ID)
-	return o, op("wait for", ref.ID, err)
+	return withOOM(ref, o), op("wait for", ref.ID, err)
 }
 
 func (d *Driver) wait(ctx context.Context, id string) (sandbox.Observation, error) {

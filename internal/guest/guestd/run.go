@@ -10,10 +10,11 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -135,6 +136,9 @@ func run(o options, first bool) (int, error) {
 		return runMachine(ctx, o, first, signals)
 	}
 	kills := oomKills()
+	if first {
+		_ = os.Remove(oomFile(o.listen)) // of a past life
+	}
 	s := newServer(o, first)
 	if err := s.open(ctx, o, false); err != nil {
 		return exitFault, err
@@ -148,7 +152,7 @@ func run(o options, first bool) (int, error) {
 			if !first {
 				s.children.killAll()
 			} else if e.code == exitSignalBase+int(unix.SIGKILL) && oomKills() > kills {
-				time.Sleep(oomLinger)
+				_ = os.WriteFile(oomFile(o.listen), nil, 0o644) // else Podman may still know
 			}
 			return e.code, e.err
 		case sig := <-signals:
@@ -160,10 +164,12 @@ func run(o options, first bool) (int, error) {
 	}
 }
 
-// oomLinger is for how long a container outlives its workload that was killed
-// for want of memory: its monitor (conmon) learns of that from a file that goes
-// with the container's last process, and only then can Podman say why it ended.
-const oomLinger = time.Second
+// oomFile is what guestd leaves beside its socket if the workload was killed for
+// want of memory. A container's monitor (conmon) learns of that from a file that
+// goes with the container's last process, so that Podman may know nothing of it.
+func oomFile(listen string) string {
+	return filepath.Join(filepath.Dir(strings.TrimPrefix(listen, "unix:")), "oom")
+}
 
 // oomKills is how many processes of the container the kernel has killed for
 // want of memory; 0 where that cannot be told.
