@@ -71,6 +71,10 @@ func (m *Manager) Hibernate(ctx context.Context, name string) (*Sandbox, error) 
 			return err
 		}
 		defer e.unlock()
+		// It may have ended, or be to be deleted, since.
+		if err := mayHibernate(e.view()); err != nil {
+			return err
+		}
 		return m.hibernate(ctx, e, "")
 	})
 	if err != nil {

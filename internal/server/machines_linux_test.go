@@ -134,10 +134,10 @@ func TestMachineHibernatesAndAConnectionWakesIt(t *testing.T) {
 		Sandbox: &agentv1.Sandbox{Name: "sleeper", Spec: &agentv1.SandboxSpec{
 			Driver: "vm", Source: &agentv1.SandboxSpec_Image{Image: image.RootName}, Command: []string{"listen", "127.0.0.1:8080"},
 			Mounts:        []*agentv1.Mount{{Kind: agentv1.Mount_KIND_DISK, Source: filepath.Join(disks, "data.img"), Target: "/data", SizeMib: 64}},
-			DriverOptions: options,
-			Secrets:       []*agentv1.SecretRef{{Name: "TOKEN", Source: "inline:t"}},
-			Ports:         []*agentv1.Port{{GuestPort: 8080}},
-			Resources:     &agentv1.Resources{CpuMillis: 1000, MemoryMib: 192},
+			DriverOptions: options, SecretRotation: &agentv1.SecretRotation{Action: agentv1.SecretRotation_ACTION_RESTART},
+			Secrets:   []*agentv1.SecretRef{{Name: "TOKEN", Source: "inline:t"}},
+			Ports:     []*agentv1.Port{{GuestPort: 8080}},
+			Resources: &agentv1.Resources{CpuMillis: 1000, MemoryMib: 192},
 			Readiness: &agentv1.Readiness{
 				Probe: &agentv1.Readiness_Tcp{Tcp: &agentv1.TcpProbe{Port: 8080}}, Timeout: durationpb.New(5 * time.Minute),
 			},
@@ -229,6 +229,24 @@ func TestMachineHibernatesAndAConnectionWakesIt(t *testing.T) {
 		t.Error(err)
 	}
 	say("not put to sleep again")
+
+	// With other secrets, which are a reason to start it again, it does not go on.
+	if _, err := client.HibernateSandbox(t.Context(), &agentv1.HibernateSandboxRequest{Name: "sleeper"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := agentv1.NewSecretServiceClient(conn).SetSecrets(t.Context(), &agentv1.SetSecretsRequest{
+		Name: "sleeper", Values: map[string][]byte{"t": []byte("another")},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	say("afresh")
+	if env := run("/workload", "env", "TOKEN"); env != "TOKEN=another\n" {
+		t.Errorf("its environment has %q", env)
+	}
+	if r, err := exec(t, conn, &agentv1.ExecStart{Name: "sleeper", Command: []string{"/workload", "test-file", "/dev/shm/memory"}, NoStdin: true}, nil); err != nil || r.exit.GetCode() != 1 {
+		t.Errorf("its memory is as it was: %+v, %v", r, err)
+	}
+	run("/workload", "test-file", "/data/disk")
 	if _, err := snapshot(); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("a snapshot of a disk that is mounted: %v", err)
 	}

@@ -244,13 +244,14 @@ func (l *life) save(keyFile string) error {
 
 // writeKey writes a key to a file on a tmpfs, and nowhere else.
 func writeKey(path string, key []byte) error {
-	if path == "" {
-		return fmt.Errorf("%w: there is no folder in memory for its key", ErrCannotSave)
+	dir := ""
+	if path != "" {
+		dir = filepath.Dir(path)
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+	if err := checkKeyDir(dir); err != nil {
 		return err
 	}
-	if err := checkMemoryBacked(filepath.Dir(path)); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
 	return os.WriteFile(path, key, 0o600)
@@ -286,7 +287,30 @@ func (d *Driver) CheckHibernate(spec sandbox.Spec) error {
 			return fmt.Errorf("%s is a share, whose open files a memory that is restored cannot find again; keep data on a disk: %w", m.Target, sandbox.ErrUnsupported)
 		}
 	}
+	if err := checkKeyDir(d.cfg.KeyDir); err != nil {
+		return fmt.Errorf("%w: %w", sandbox.ErrUnsupported, err)
+	}
 	return nil
+}
+
+// keyFile is where the key of a sandbox's memory is to be; empty: nowhere.
+func (d *Driver) keyFile(id string) string {
+	if d.cfg.KeyDir == "" {
+		return ""
+	}
+	return filepath.Join(d.cfg.KeyDir, id)
+}
+
+// discard removes what was saved of a sandbox, also by a shim that was killed
+// before it had written a record of it.
+func (d *Driver) discard(b shim.Box) error {
+	err := discardSaved(b)
+	if name := d.keyFile(b.ID); name != "" {
+		if removed := os.Remove(name); removed != nil && !errors.Is(removed, fs.ErrNotExist) {
+			err = errors.Join(err, removed)
+		}
+	}
+	return err
 }
 
 // Hibernate implements sandbox.Hibernator.
@@ -295,10 +319,7 @@ func (d *Driver) Hibernate(ctx context.Context, ref sandbox.Ref) error {
 }
 
 func (d *Driver) hibernate(ctx context.Context, ref sandbox.Ref) error {
-	o := order{Op: opHibernate}
-	if d.cfg.KeyDir != "" {
-		o.KeyFile = filepath.Join(d.cfg.KeyDir, ref.ID)
-	}
+	o := order{Op: opHibernate, KeyFile: d.keyFile(ref.ID)}
 	if err := d.order(ctx, ref, o, nil); err != nil {
 		return err
 	}

@@ -20,8 +20,10 @@ const (
 	keptSnapshots = 3
 	// snapshotID is the form of their names, in UTC. They sort by time.
 	snapshotID = "20060102T150405.000000Z"
-	// unfinishedCopy is the name of a copy that is being made.
-	unfinishedCopy = ".unfinished"
+	// unfinishedCopy is what names of copies begin with that are being made, or
+	// were when they were cut short; those that are this old are removed.
+	unfinishedCopy = ".unfinished-"
+	unfinishedLong = 2 * time.Hour
 )
 
 // snapshotsOf is the folder of a disk's snapshots: beside it, where file systems
@@ -46,7 +48,7 @@ func (d *Driver) SnapshotDisk(ctx context.Context, ref sandbox.Ref, target strin
 			return err
 		}
 		id := time.Now().UTC().Format(snapshotID)
-		if err := replaceWithCopy(ctx, filepath.Join(dir, id), image, filepath.Join(dir, unfinishedCopy)); err != nil {
+		if err := replaceWithCopy(ctx, filepath.Join(dir, id), image); err != nil {
 			return err
 		}
 		for _, old := range before[min(len(before), keptSnapshots-1):] {
@@ -92,7 +94,7 @@ func (d *Driver) RestoreDisk(ctx context.Context, ref sandbox.Ref, target, id st
 		if err := discardSaved(b); err != nil {
 			return err
 		}
-		return replaceWithCopy(ctx, image, filepath.Join(snapshotsOf(image), id), image+unfinishedCopy)
+		return replaceWithCopy(ctx, image, filepath.Join(snapshotsOf(image), id))
 	}))
 }
 
@@ -189,18 +191,25 @@ func snapshotAt(dir, id string) (sandbox.DiskSnapshot, error) {
 	return sandbox.DiskSnapshot{ID: id, CreatedAt: at, SizeBytes: uint64(info.Size())}, nil //nolint:gosec // Not negative.
 }
 
-// replaceWithCopy makes to a copy of from, all or nothing. unfinished is on the
-// same file system.
-func replaceWithCopy(ctx context.Context, to, from, unfinished string) error {
+// replaceWithCopy makes to a copy of from, all or nothing.
+func replaceWithCopy(ctx context.Context, to, from string) error {
+	old, _ := filepath.Glob(filepath.Join(filepath.Dir(to), unfinishedCopy+"*")) // or they stay, if the path is a pattern itself
+	for _, path := range old {
+		if info, err := os.Stat(path); err == nil && time.Since(info.ModTime()) > unfinishedLong {
+			_ = os.Remove(path)
+		}
+	}
 	source, err := os.Open(from)
 	if err != nil {
 		return err
 	}
 	defer source.Close()
-	target, err := os.OpenFile(unfinished, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	// Of this copy alone: two sandboxes may have the same disk.
+	target, err := os.CreateTemp(filepath.Dir(to), unfinishedCopy)
 	if err != nil {
 		return err
 	}
+	unfinished := target.Name()
 	if err = clone(target, source); err != nil {
 		err = copySparse(ctx, target, source)
 	}

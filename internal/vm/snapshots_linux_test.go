@@ -115,7 +115,7 @@ func TestDiskSnapshots(t *testing.T) {
 		t.Errorf("copied under another machine: %v", err)
 	}
 	want("state 1")
-	if left, _ := filepath.Glob(filepath.Join(dir, "*unfinished*")); len(left) > 0 {
+	if left, _ := filepath.Glob(filepath.Join(dir, "*", ".unfinished*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 }

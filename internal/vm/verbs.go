@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -51,12 +50,12 @@ func (d *Driver) Create(ctx context.Context, ref sandbox.Ref, spec sandbox.Spec)
 				return err
 			}
 		}
-		return m.Make(p, func() error { return p.makeDisks(b) })
+		return m.Make(p, func() error { return p.makeDisks(ctx, b) })
 	}))
 }
 
 // makeDisks makes the disks that are this sandbox's alone.
-func (p plan) makeDisks(b shim.Box) error {
+func (p plan) makeDisks(ctx context.Context, b shim.Box) error {
 	if p.Image != nil {
 		layer, err := os.OpenFile(b.Path(layerFile), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {
@@ -67,27 +66,12 @@ func (p plan) makeDisks(b shim.Box) error {
 	}
 	for _, disk := range p.Boot.Disks {
 		if disk.Writable {
-			if err := copyFile(b.Path(filepath.Base(disk.File)), disk.File); err != nil {
+			if err := replaceWithCopy(ctx, b.Path(filepath.Base(disk.File)), disk.File); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
-}
-
-// copyFile copies with the kernel's help, which shares blocks where it can.
-func copyFile(to, from string) error {
-	source, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer source.Close()
-	target, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(target, source)
-	return errors.Join(err, target.Close())
 }
 
 // Start implements sandbox.Driver.
@@ -127,7 +111,7 @@ func (d *Driver) Stop(ctx context.Context, ref sandbox.Ref, grace time.Duration)
 	b, err := d.boxes().Box(ref.ID)
 	if err == nil {
 		if err = b.Stop(ctx, grace); err == nil {
-			err = discardSaved(b)
+			err = d.discard(b)
 		}
 	}
 	return failed("stop", ref, err)
@@ -167,7 +151,7 @@ func (d *Driver) Delete(ctx context.Context, ref sandbox.Ref) error {
 		if err := m.End(ctx); err != nil {
 			return err
 		}
-		if err := discardSaved(b); err != nil {
+		if err := d.discard(b); err != nil {
 			return err
 		}
 		_, err := m.Unmake()
