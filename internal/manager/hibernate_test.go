@@ -201,3 +201,31 @@ func TestHibernateIsRefused(t *testing.T) {
 	_, err = h.m.Create(t.Context(), CreateRequest{Name: "shares", Spec: spec})
 	field(err, "an idle policy for one that has mounts")
 }
+
+func TestHibernateThatCameTooLateChangesNothing(t *testing.T) {
+	t.Parallel()
+	h, _ := newSleeping(t)
+	h.create("web", process.Spec("sleep"))
+	e, err := h.m.find("web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.lock(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := h.m.Hibernate(t.Context(), "web")
+		done <- err
+	}()
+	// For it to wait by then; if it comes later still, it finds the same.
+	time.Sleep(50 * time.Millisecond)
+	stopped := h.m.stop(t.Context(), e, 0, "")
+	e.unlock()
+	if err := <-done; stopped != nil || !errors.Is(err, sandbox.ErrState) {
+		t.Errorf("hibernated once it was stopped: %v, %v", err, stopped)
+	}
+	if s := h.get("web"); s.Phase != PhaseStopped || s.Reason != "" {
+		t.Errorf("it is %+v", s)
+	}
+}
