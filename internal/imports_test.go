@@ -51,6 +51,7 @@ var rules = map[string][]string{
 	"internal/vm":                         {"api/choiros/guest/v1", "internal/account", "internal/guest/wire", "internal/image", "internal/sandbox", "internal/shim", "internal/vm/network"},
 	"internal/vm/network":                 {"internal/sandbox"},
 	"internal/vm/qemu":                    {"internal/guest/wire", "internal/vm"},
+	"internal/vm/vz":                      {"internal/vm"},
 	"internal/vm/vmtest":                  {"internal/image", "internal/sandbox", "internal/sandbox/drivertest", "internal/vm", "internal/vm/qemu", "test/image"},
 	"cmd/agent":                           {"*"},
 	"cmd/agentctl":                        {"api/choiros/agent/v1", "internal/archive", "internal/sandbox", "internal/location", "internal/version"},
