@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -21,10 +22,43 @@ import (
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
 	"github.com/choiros/agent/internal/manager"
 	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/sandbox/drivertest"
 	"github.com/choiros/agent/internal/secrets"
+	"github.com/choiros/agent/internal/server/servertest"
 	"github.com/choiros/agent/internal/vm/vmtest"
 	"github.com/choiros/agent/test/image"
 )
+
+// TestContractOnMachines is the driver contract on virtual machines, reached the
+// way that callers reach them.
+func TestContractOnMachines(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it boots machines")
+	}
+	root := vmtest.Backend(t)
+	agent := startAgent(t, agentOptions{
+		Drivers: func(string) map[string]sandbox.Driver { return map[string]sandbox.Driver{"vm": openMachines(t, root)} },
+		Manager: manager.Config{MaxConcurrentBoots: 10},
+	})
+	conn := agent.Dial(t)
+	drivertest.Run(t, drivertest.Harness{
+		Open: func(*testing.T) sandbox.Driver { return servertest.NewExtended(conn, "vm") },
+		Spec: func(_ *testing.T, w drivertest.Workload) sandbox.Spec {
+			return sandbox.Spec{
+				Driver: "vm", Image: image.RootName, Command: w.Args, Mounts: w.Mounts, Env: w.Env,
+				Resources: vmtest.Resources(), DriverOptions: json.RawMessage(`{"disk_mib": 64}`),
+				Readiness: sandbox.Readiness{Timeout: 5 * time.Minute},
+			}
+		},
+		Leaks: func(t *testing.T, ref sandbox.Ref) {
+			t.Helper()
+			vmtest.CheckNoProcess(t, filepath.Join(root, "boxes", ref.ID))
+		},
+		Patience: 5 * time.Minute,
+		Samples:  true, // the driver's own suite has them all
+		Without:  drivertest.Without{Dial: true, Configure: true},
+	})
+}
 
 // TestSameImageGivesTheSameInContainerAndMachine runs one image with both
 // drivers of one agent, and compares what its workload finds and what a

@@ -77,7 +77,7 @@ func everyVerbCancelled(t *testing.T, s *suite) {
 }
 
 func createCancelled(t *testing.T, s *suite) {
-	for _, moment := range moments() {
+	for _, moment := range sample(s, moments()) {
 		cut := func() *box {
 			b := s.box(t)
 			spec := b.spec("exit", "3")
@@ -104,7 +104,7 @@ func createCancelled(t *testing.T, s *suite) {
 }
 
 func startCancelled(t *testing.T, s *suite) {
-	for _, moment := range moments() {
+	for _, moment := range sample(s, moments()) {
 		cut := func() *box {
 			b := s.box(t)
 			b.create("ready-after", "0s", "/data/ready")
@@ -125,7 +125,7 @@ func startCancelled(t *testing.T, s *suite) {
 }
 
 func deleteCancelled(t *testing.T, s *suite) {
-	for _, moment := range moments() {
+	for _, moment := range sample(s, moments()) {
 		b := s.box(t)
 		b.stubborn()
 		b.cancelled(moment, "Delete", func(ctx context.Context, d sandbox.Driver) error { return d.Delete(ctx, b.ref) })
@@ -203,7 +203,7 @@ func sameVerbAtOnce(t *testing.T, s *suite) {
 }
 
 func differentSandboxesAtOnce(t *testing.T, s *suite) {
-	const n = 8
+	n := s.times(8)
 	boxes, specs := make([]*box, n), make([]sandbox.Spec, n)
 	for i := range boxes {
 		boxes[i] = s.box(t)

@@ -49,6 +49,10 @@ type Harness struct {
 	// makes a test take longer that passes. Zero: a minute.
 	Patience time.Duration
 
+	// Samples has tests that do the same in many cases do it in a few of them:
+	// for a second run, on another way to a driver that takes seconds to start.
+	Samples bool
+
 	// Without names what is not there on the way to this driver.
 	Without Without
 }

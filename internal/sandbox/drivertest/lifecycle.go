@@ -180,10 +180,10 @@ func recreateHasNoTrace(t *testing.T, s *suite) {
 
 func names(t *testing.T, s *suite) {
 	// What an owner has is his own, so short names clash with nobody.
-	for _, id := range []string{
+	for _, id := range sample(s, []string{
 		"x", "0", "x-", "x--y", "0123456789",
 		s.prefix + strings.Repeat("z", 63-len(s.prefix)),
-	} {
+	}) {
 		t.Run(id, func(t *testing.T) {
 			b := s.named(t, id)
 			b.create("exit", "3")
@@ -217,13 +217,13 @@ func similarNames(t *testing.T, s *suite) {
 }
 
 func argumentsArrive(t *testing.T, s *suite) {
-	for _, text := range []string{
+	for _, text := range sample(s, []string{
 		"plain",
 		"spaces  and\ttabs",
 		"größer, 日本語, \U0001f980",
 		`"quotes" 'and' \backslashes\ $HOME ${HOME} $(id) %s %n`,
 		"two\nlines",
-	} {
+	}) {
 		b := s.box(t)
 		b.create("write", "/data/näme", text)
 		b.start()

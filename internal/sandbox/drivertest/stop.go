@@ -39,7 +39,7 @@ func adoptsDead(t *testing.T, s *suite) {
 }
 
 func exitCodes(t *testing.T, s *suite) {
-	for _, code := range []string{"0", "1", "2", "100", "126", "127", "143", "255"} {
+	for _, code := range sample(s, []string{"0", "1", "2", "100", "126", "127", "143", "255"}) {
 		t.Run(code, func(t *testing.T) {
 			b := s.box(t)
 			b.create("exit", code, "10ms")
@@ -55,7 +55,7 @@ func exitCodes(t *testing.T, s *suite) {
 }
 
 func endsAtOnce(t *testing.T, s *suite) {
-	for range 5 {
+	for range s.times(5) {
 		b := s.box(t)
 		b.create("exit", "4")
 		b.start()

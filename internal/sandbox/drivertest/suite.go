@@ -51,6 +51,26 @@ func newSuite(t *testing.T, h Harness) *suite {
 	}
 }
 
+// sampled is how many of many like cases are tested with Samples.
+const sampled = 3
+
+// times is how often to do what is to be done n times.
+func (s *suite) times(n int) int {
+	if s.Samples {
+		return min(n, sampled)
+	}
+	return n
+}
+
+// sample returns the cases to test of all that there are: the first, the one in
+// the middle and the last, if it is not to be all.
+func sample[T any](s *suite, all []T) []T {
+	if s.times(len(all)) == len(all) {
+		return all
+	}
+	return []T{all[0], all[len(all)/2], all[len(all)-1]}
+}
+
 func (s *suite) open(t *testing.T) sandbox.Driver {
 	t.Helper()
 	d := s.opener(t)

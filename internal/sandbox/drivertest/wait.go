@@ -154,7 +154,7 @@ func waitCancelled(t *testing.T, s *suite) {
 }
 
 func waitsOnSeveral(t *testing.T, s *suite) {
-	const sandboxes, each = 4, 8
+	sandboxes, each := s.times(4), 8
 	waits := map[*box][]<-chan answer[sandbox.Observation]{}
 	codes := map[*box]int{}
 	for i := range sandboxes {

@@ -306,6 +306,9 @@ func specToWire(s sandbox.Spec) (*agentv1.SandboxSpec, error) {
 			CpuMillis: s.Resources.CPUMillis, MemoryMib: s.Resources.MemoryMiB, Pids: s.Resources.Pids,
 		},
 	}
+	if s.Readiness.Timeout != 0 {
+		w.Readiness = &agentv1.Readiness{Timeout: durationpb.New(s.Readiness.Timeout)}
+	}
 	switch {
 	case s.Image != "":
 		w.Source = &agentv1.SandboxSpec_Image{Image: s.Image}
