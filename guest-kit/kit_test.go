@@ -288,6 +288,27 @@ func xz(t *testing.T, content []byte) []byte {
 	return packed
 }
 
+func TestModulesLoseTheirSignatures(t *testing.T) {
+	t.Parallel()
+	tail := func(length string) string {
+		return "\x00\x00\x02\x00\x00\x00\x00\x00" + length + "~Module signature appended~\n"
+	}
+	for _, c := range []struct{ object, want string }{
+		{"ELF" + "sealed" + tail("\x00\x00\x00\x06"), "ELF"},
+		{"ELF" + tail("\x00\x00\x00\x00"), "ELF"},
+		{"ELF", "ELF"},
+		{"", ""},
+		// What cannot be is left as it is, for the kernel to say so.
+		{"ELF" + tail("\x00\x00\x00\x04"), "ELF" + tail("\x00\x00\x00\x04")},
+		{"ELF" + tail("\xff\xff\xff\xff"), "ELF" + tail("\xff\xff\xff\xff")},
+		{"short~Module signature appended~\n", "short~Module signature appended~\n"},
+	} {
+		if got := unsigned([]byte(c.object)); string(got) != c.want {
+			t.Errorf("unsigned(%q) = %q, want %q", c.object, got, c.want)
+		}
+	}
+}
+
 func TestPackagesAreRead(t *testing.T) {
 	t.Parallel()
 	var stream bytes.Buffer

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"debug/elf"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os/exec"
@@ -54,7 +55,7 @@ func selectModules(ctx context.Context, packed map[string][]byte) ([]module, err
 				return fmt.Errorf("%w, and %s needs it", err, name)
 			}
 		}
-		selected = append(selected, module{name, stage, object})
+		selected = append(selected, module{name, stage, unsigned(object)})
 		return nil
 	}
 	for _, stage := range stages {
@@ -102,4 +103,26 @@ func unxz(ctx context.Context, packed []byte) ([]byte, error) {
 		return nil, fmt.Errorf("xz: %w", err)
 	}
 	return object, nil
+}
+
+// signed ends a module that is signed (linux/module_signature.h). Before it are
+// 12 bytes of what kind the signature is, with its length at the end of them,
+// and before those is the signature.
+var signed = []byte("~Module signature appended~\n")
+
+// unsigned is a module without its signature, which the kernel would check at
+// every boot: half a second for all of them where it is emulated. They are as
+// trusted as guestd beside them, and as the kernel, which nobody checks either.
+func unsigned(object []byte) []byte {
+	const about = 12
+	rest, found := bytes.CutSuffix(object, signed)
+	if !found || len(rest) < about {
+		return object
+	}
+	length := binary.BigEndian.Uint32(rest[len(rest)-4:])
+	rest = rest[:len(rest)-about]
+	if uint64(length) > uint64(len(rest)) {
+		return object
+	}
+	return rest[:len(rest)-int(length)]
 }
