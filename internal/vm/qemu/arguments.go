@@ -57,8 +57,11 @@ type plan struct {
 // root port do not differ; microvm finds no clock to measure the processor's
 // with, and hangs. The processor that TCG emulates is an old one: what newer
 // ones add (five-level page tables, protection keys, AVX) costs emulation time.
+// Not so its random numbers: a kernel that QEMU boots by PVH is given no seed,
+// and without any it waits for the jitter of an emulated clock, now and then
+// for minutes.
 func machineArgs(arch, accelerator string) []string {
-	machine, cpu := "q35,usb=off,vmport=off,smbus=off,sata=off,hpet=off,graphics=off", "Nehalem"
+	machine, cpu := "q35,usb=off,vmport=off,smbus=off,sata=off,hpet=off,graphics=off", "Nehalem,+rdrand"
 	if arch == "arm64" {
 		machine, cpu = "virt,gic-version=3", "cortex-a72"
 		if accelerator == KVM {
