@@ -41,7 +41,7 @@ func openMachines(b *testing.B, state string) sandbox.Driver {
 	b.Helper()
 	all := map[string]sandbox.Driver{}
 	cfg := Config{StateDir: state, VM: VMConfig{GuestKit: image.Kit(b), Accelerator: "auto"}}
-	if err := addMachines(all, cfg, shimCommand); err != nil {
+	if err := addMachines(all, cfg, "bench", shimCommand); err != nil {
 		b.Fatal(err)
 	}
 	drv := all["vm"]
