@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"testing"
 )
 
@@ -15,13 +16,16 @@ import (
 // has put the archives, so that the images are built once for a whole test run.
 const DirEnv = "AGENT_TEST_IMAGES"
 
-// The archives that Build makes.
+// The archives of the images for the host's architecture that Build makes.
 const (
 	RootOCI    = "workload.oci.tar"
 	RootDocker = "workload.docker.tar"
 	UserOCI    = "workload-user.oci.tar"
 	UserDocker = "workload-user.docker.tar"
 )
+
+// ArchOCI is the archive of ArchName that Build makes, for amd64 and arm64.
+func ArchOCI(arch string) string { return "workload-" + arch + ".oci.tar" }
 
 // Dir returns a folder with the archives that Build makes: the one that
 // AGENT_TEST_IMAGES names, or else one of the test's own, which takes the Go
@@ -38,24 +42,28 @@ func Dir(t testing.TB) string {
 	return dir
 }
 
-// Build puts the archives of both default images, in both formats, into dir,
-// which it makes. Each is complete as soon as it has its name.
+// Build puts the archives of all default images into dir, which it makes. Each
+// is complete as soon as it has its name.
 func Build(ctx context.Context, dir string) error {
-	binary, err := Binary(ctx)
-	if err != nil {
-		return err
-	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	for file, spec := range map[string]Spec{
-		RootOCI:    {Name: RootName, Format: OCI},
-		RootDocker: {Name: RootName, Format: Docker},
-		UserOCI:    {Name: UserName, Format: OCI, User: "1000"},
-		UserDocker: {Name: UserName, Format: Docker, User: "1000"},
-	} {
-		if err := WriteFile(filepath.Join(dir, file), binary, spec); err != nil {
+	for _, arch := range []string{"amd64", "arm64"} {
+		binary, err := BinaryFor(ctx, arch)
+		if err != nil {
 			return err
+		}
+		archives := map[string]Spec{ArchOCI(arch): {Name: ArchName(arch), Format: OCI, Arch: arch}}
+		if arch == runtime.GOARCH {
+			archives[RootOCI] = Spec{Name: RootName, Format: OCI}
+			archives[RootDocker] = Spec{Name: RootName, Format: Docker}
+			archives[UserOCI] = Spec{Name: UserName, Format: OCI, User: "1000"}
+			archives[UserDocker] = Spec{Name: UserName, Format: Docker, User: "1000"}
+		}
+		for file, spec := range archives {
+			if err := WriteFile(filepath.Join(dir, file), binary, spec); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -89,9 +97,12 @@ func WriteFile(path string, binary []byte, spec Spec) error {
 	return os.Rename(f.Name(), path)
 }
 
-// Binary compiles test/workload, static, for Linux on the host's architecture.
-// It must run within the module.
-func Binary(ctx context.Context) (binary []byte, err error) {
+// Binary is BinaryFor the host's architecture.
+func Binary(ctx context.Context) ([]byte, error) { return BinaryFor(ctx, runtime.GOARCH) }
+
+// BinaryFor compiles test/workload, static, for Linux on an architecture. It
+// must run within the module.
+func BinaryFor(ctx context.Context, arch string) (binary []byte, err error) {
 	dir, err := os.MkdirTemp("", "workload")
 	if err != nil {
 		return nil, err
@@ -101,9 +112,9 @@ func Binary(ctx context.Context) (binary []byte, err error) {
 	// No build id, path or revision: none of them is content.
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false",
 		"-ldflags=-s -w -buildid=", "-o", out, "github.com/choiros/agent/test/workload")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOFLAGS=")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch, "GOFLAGS=")
 	if b, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build test/workload: %w: %s", err, b)
+		return nil, fmt.Errorf("build test/workload for %s: %w: %s", arch, err, b)
 	}
 	return os.ReadFile(out)
 }

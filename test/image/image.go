@@ -10,6 +10,7 @@ package image
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"runtime"
@@ -23,11 +24,15 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// The names of the two default images: one runs as root, one as USER 1000.
+// The names of the two images for the host's architecture: one runs as root,
+// one as USER 1000.
 const (
 	RootName = "localhost/choiros/workload:latest"
 	UserName = "localhost/choiros/workload-user:latest"
 )
+
+// ArchName is the name of the image for an architecture, which runs as root.
+func ArchName(arch string) string { return "localhost/choiros/workload-" + arch + ":latest" }
 
 // Format is how an archive is laid out.
 type Format string
@@ -42,11 +47,12 @@ const (
 type Spec struct {
 	Name   string // full reference, with registry and tag
 	User   string // the image's USER; "" is root
+	Arch   string // GOARCH; "" is the host's
 	Format Format
 }
 
 // Write writes the archive of the image in which binary, a static Linux
-// executable of the host's architecture, is /workload and the entrypoint.
+// executable of the image's architecture, is /workload and the entrypoint.
 func Write(w io.Writer, binary []byte, spec Spec) error {
 	img, err := build(binary, spec)
 	if err != nil {
@@ -103,7 +109,7 @@ func build(binary []byte, spec Spec) (v1.Image, error) {
 	}
 	config = config.DeepCopy()
 	config.Created = v1.Time{Time: epoch()}
-	config.OS, config.Architecture = "linux", runtime.GOARCH
+	config.OS, config.Architecture = "linux", cmp.Or(spec.Arch, runtime.GOARCH)
 	config.Config = v1.Config{
 		Entrypoint: []string{"/workload"},
 		Cmd:        []string{"sleep"},

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -91,6 +92,30 @@ func TestOCIArchiveNamesImageAndUser(t *testing.T) {
 	}
 	if len(manifest.Layers) != 1 || blob(manifest.Layers[0].Digest) == nil {
 		t.Errorf("layers %v, want one that is in the archive", manifest.Layers)
+	}
+}
+
+func TestImageIsForItsArchitecture(t *testing.T) {
+	t.Parallel()
+	for arch, want := range map[string]string{"": runtime.GOARCH, "amd64": "amd64", "arm64": "arm64"} {
+		files := contents(t, bytes.NewReader(archive(t, Spec{Name: RootName, Arch: arch, Format: OCI})))
+		blob := func(h v1.Hash) []byte { return files["blobs/"+h.Algorithm+"/"+h.Hex] }
+		manifest := decode[v1.Manifest](t, blob(decode[v1.IndexManifest](t, files["index.json"]).Manifests[0].Digest))
+		config := decode[v1.ConfigFile](t, blob(manifest.Config.Digest))
+		if config.OS != "linux" || config.Architecture != want {
+			t.Errorf("for %q it is for %s/%s, want linux/%s", arch, config.OS, config.Architecture, want)
+		}
+	}
+}
+
+func TestKitOfAnotherArchitectureIsBesideTheHosts(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv(KitEnv, filepath.Join(dir, "ours"))
+	if got := KitDirFor(runtime.GOARCH); got != filepath.Join(dir, "ours") {
+		t.Errorf("the host's is in %s", got)
+	}
+	if got := KitDirFor("other"); got != filepath.Join(dir, "other") {
+		t.Errorf("the other is in %s", got)
 	}
 }
 

@@ -20,6 +20,15 @@ func KitDir() string {
 	return inModule("bin", "guest-kit", runtime.GOARCH)
 }
 
+// KitDirFor returns the folder of the kit of an architecture: KitDir if that is
+// the host's, or else the one beside it.
+func KitDirFor(arch string) string {
+	if arch == runtime.GOARCH {
+		return KitDir()
+	}
+	return filepath.Join(filepath.Dir(KitDir()), arch)
+}
+
 // Kit returns KitDir, and fails the test if there is no kit.
 func Kit(t testing.TB) string {
 	t.Helper()

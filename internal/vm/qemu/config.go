@@ -3,11 +3,8 @@
 package qemu
 
 import (
-	"bytes"
-	"debug/elf"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -87,38 +84,4 @@ func readable(c vm.Config, what, path string) error {
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	return file.Close()
-}
-
-// checkKernel looks for the mark of the kernel's format: QEMU would take
-// anything, and the guest be silent.
-func checkKernel(c vm.Config) error {
-	offset, mark, form := int64(0x202), "HdrS", "a bzImage" // Documentation/arch/x86/boot.rst
-	switch {
-	case c.Arch == "arm64":
-		offset, mark, form = 56, "ARM\x64", "an uncompressed Image" // Documentation/arch/arm64/booting.rst
-	case c.Vmlinux != "":
-		offset, mark, form = 0, elf.ELFMAG, "an ELF file"
-	}
-	kernel := kernelOf(c)
-	file, err := os.Open(inDir(c, kernel))
-	if err != nil {
-		return fmt.Errorf("kernel: %w", err)
-	}
-	defer file.Close()
-	found := make([]byte, len(mark))
-	if _, err := file.ReadAt(found, offset); err != nil && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("kernel: %w", err)
-	}
-	if !bytes.Equal(found, []byte(mark)) {
-		return fmt.Errorf("kernel %s is not %s for %s", kernel, form, c.Arch)
-	}
-	return nil
-}
-
-// kernelOf is the kernel that QEMU starts.
-func kernelOf(c vm.Config) string {
-	if c.Arch == "amd64" && c.Vmlinux != "" {
-		return c.Vmlinux
-	}
-	return c.Kernel
 }

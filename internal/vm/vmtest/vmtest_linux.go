@@ -6,10 +6,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -27,12 +30,17 @@ import (
 const shimFlag = "-vm-shim"
 
 // Main takes over if this process was started as a shim, and exits; else it
-// returns at once. Call it in TestMain, before anything else.
+// has twice as many tests run at once as there are processors, since those of
+// machines often wait. Call it in TestMain, before anything else.
 func Main() {
 	if len(os.Args) > 1 && os.Args[1] == shimFlag {
 		os.Exit(vm.RunShim(os.Args[2:], func(ctx context.Context, c vm.Config) (vm.Machine, error) {
 			return qemu.New(ctx, c, qemu.Options{Accelerator: qemu.TCG, ShareUID: c.ShareUID, ShareGID: c.ShareGID})
 		}))
+	}
+	// The command line, which is read later, may say otherwise.
+	if err := flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))); err != nil {
+		panic(err) // then this is no test
 	}
 }
 
@@ -44,13 +52,26 @@ var probe = sync.OnceValues(func() (qemu.Report, error) {
 })
 
 // Open opens a driver on a folder, with the images beside it.
-func Open(root string) (*vm.Driver, error) {
-	images, err := imagestore.Open(filepath.Join(filepath.Dir(root), "images"))
+func Open(root string) (*vm.Driver, error) { return OpenFor(root, runtime.GOARCH) }
+
+// OpenFor is Open for guests of an architecture.
+func OpenFor(root, arch string) (*vm.Driver, error) {
+	config, err := Config(root, arch)
 	if err != nil {
 		return nil, err
 	}
-	return vm.New(vm.DriverConfig{
-		Root: root, Images: images, Kit: image.KitDir(), Arch: runtime.GOARCH,
+	return vm.New(config)
+}
+
+// Config is what OpenFor makes a driver of.
+func Config(root, arch string) (vm.DriverConfig, error) {
+	images, err := imagestore.Open(filepath.Join(filepath.Dir(root), "images"))
+	if err != nil {
+		return vm.DriverConfig{}, err
+	}
+	images.Arch = arch
+	return vm.DriverConfig{
+		Root: root, Images: images, Kit: image.KitDirFor(arch), Bundles: Bundles(root), Arch: arch,
 		Shim: []string{shimFlag}, KeyDir: KeyDir(root),
 		// A binary built with the race detector would take a second to exit.
 		Env: append(os.Environ(), "GORACE=atexit_sleep_ms=0"),
@@ -58,8 +79,11 @@ func Open(root string) (*vm.Driver, error) {
 			report, err := probe()
 			return sandbox.Report{Version: report.Accelerator}, err
 		},
-	})
+	}, nil
 }
+
+// Bundles is where a driver opened on a folder has its bundles.
+func Bundles(root string) string { return filepath.Join(filepath.Dir(root), "bundles") }
 
 // KeyDir is where a driver opened on a folder keeps the keys of memories: a
 // tmpfs on every Linux.
@@ -72,12 +96,54 @@ func KeyDir(root string) string {
 // it. When the test ends nothing that runs may be left.
 func Backend(t *testing.T) (root string) {
 	t.Helper()
+	require(t)
+	image.Kit(t)
+	return folder(t, image.RootOCI, image.UserDocker)
+}
+
+// BackendFor is Backend for guests of an architecture; see OpenFor. Loaded are
+// the images of every architecture. What is missing for one that is not the
+// host's is as if QEMU were.
+func BackendFor(t *testing.T, arch string) (root string) {
+	t.Helper()
+	require(t)
+	if arch == runtime.GOARCH {
+		image.Kit(t)
+	} else {
+		drivertest.Require(t, "qemu", foreign(arch))
+	}
+	return folder(t, image.ArchOCI("amd64"), image.ArchOCI("arm64"))
+}
+
+// require skips or fails the test where machines do not run.
+func require(t *testing.T) {
+	t.Helper()
 	report, err := probe()
 	if err == nil && len(report.Missing) > 0 {
 		err = errors.Join(report.Missing[0], errors.New(report.Missing[0].Cure))
 	}
 	drivertest.Require(t, "qemu", err)
-	image.Kit(t)
+}
+
+// foreign says what is missing for guests of another architecture than the
+// host's.
+func foreign(arch string) error {
+	program, cure := "qemu-system-x86_64", "Debian: apt-get install qemu-system-x86"
+	if arch == "arm64" {
+		program, cure = "qemu-system-aarch64", "Debian: apt-get install qemu-system-arm"
+	}
+	if _, err := exec.LookPath(program); err != nil {
+		return &sandbox.UnavailableError{Err: err, Cure: cure}
+	}
+	if _, err := os.Stat(filepath.Join(image.KitDirFor(arch), "guest.json")); err != nil {
+		return &sandbox.UnavailableError{Err: err, Cure: "make guest-kit ARCH=" + arch}
+	}
+	return nil
+}
+
+// folder makes a folder for machines, with images loaded.
+func folder(t *testing.T, archives ...string) (root string) {
+	t.Helper()
 	base, err := os.MkdirTemp("", "vm")
 	if err != nil {
 		t.Fatal(err)
@@ -97,7 +163,7 @@ func Backend(t *testing.T) (root string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, file := range []string{image.RootOCI, image.UserDocker} {
+	for _, file := range archives {
 		archive, err := os.ReadFile(filepath.Join(image.Dir(t), file))
 		if err != nil {
 			t.Fatal(err)

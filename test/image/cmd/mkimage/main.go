@@ -2,7 +2,7 @@
 // `podman load`:
 //
 //	mkimage -all DIR
-//	mkimage -o FILE [-format oci|docker] [-user USER] [-name REFERENCE]
+//	mkimage -o FILE [-format oci|docker] [-arch GOARCH] [-user USER] [-name REFERENCE]
 package main
 
 import (
@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 
 	"github.com/choiros/agent/test/image"
 )
@@ -25,9 +26,10 @@ func run(args []string, stderr io.Writer) int {
 
 	flags := flag.NewFlagSet("mkimage", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	all := flags.String("all", "", "write all default images, in both formats, into this folder")
+	all := flags.String("all", "", "write all default images into this folder")
 	out := flags.String("o", "", "write one image to this file")
 	format := flags.String("format", string(image.OCI), "oci or docker")
+	arch := flags.String("arch", runtime.GOARCH, "the image's architecture, as Go names it")
 	user := flags.String("user", "", "the image's USER (default root)")
 	name := flags.String("name", "", "its reference (default "+image.RootName+", or with -user "+image.UserName+")")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
@@ -44,7 +46,7 @@ func run(args []string, stderr io.Writer) int {
 	if *all != "" {
 		err = image.Build(ctx, *all)
 	} else {
-		spec := image.Spec{Name: *name, User: *user, Format: image.Format(*format)}
+		spec := image.Spec{Name: *name, User: *user, Arch: *arch, Format: image.Format(*format)}
 		if spec.Name == "" {
 			spec.Name = image.RootName
 			if spec.User != "" {
@@ -61,7 +63,7 @@ func run(args []string, stderr io.Writer) int {
 }
 
 func one(ctx context.Context, file string, spec image.Spec) error {
-	binary, err := image.Binary(ctx)
+	binary, err := image.BinaryFor(ctx, spec.Arch)
 	if err != nil {
 		return err
 	}
