@@ -22,6 +22,7 @@ RACE    := $(shell command -v cc >/dev/null && echo -race)
 export AGENT_REQUIRE ?=
 export AGENT_TEST_IMAGES := $(IMAGES)
 export AGENT_TEST_GUESTD := $(GUESTD)
+export AGENT_TEST_BUNDLE := $(CURDIR)/.cache/bundle
 export AGENT_TEST_KIT := $(CURDIR)/bin/guest-kit/$(shell $(GO) env GOARCH)
 
 .PHONY: help
@@ -51,6 +52,10 @@ images: go-present ## build the project's own test images, and the guestd of the
 	@$(GO) run ./test/image/cmd/mkimage -all $(IMAGES)
 	@$(GOBUILD) -ldflags "$(LDFLAGS)" -o $(GUESTD)/guestd ./cmd/guestd
 
+.PHONY: bundle
+bundle: guest-kit images ## build a guest with systemd, which tests boot (as root, once; then it is quick)
+	@test/env/bundle build $(AGENT_TEST_KIT) $(GUESTD)/guestd $(AGENT_TEST_BUNDLE)
+
 .PHONY: env
 env: ## bring up rootless podman and QEMU, or find yours
 	@$(ENV) up
@@ -60,7 +65,9 @@ demo: build images guest-kit env ## the main job, from nothing to a transcript
 	@$(ENV) exec test/demo
 
 .PHONY: test
-test: go-present images guest-kit env ## run every test, on real podman and in real virtual machines
+test: go-present images guest-kit bundle env ## run every test, on real podman and in real virtual machines
+	@$(MAKE) --no-print-directory guest-kit ARCH=arm64 # what a Mac boots, whatever the host is
+	@CGO_ENABLED=1 GOOS=darwin GOARCH=arm64 $(GO) list -deps ./internal/vm/vz >/dev/null # downloads what is type-checked for a Mac
 	$(GO) test $(RACE) -tags "$(TAGS)" -exec "$(ENV) exec" -timeout 40m ./...
 
 .PHONY: test-host
@@ -87,7 +94,7 @@ lint: go-present $(LINT) ## everything that reads the source: format, lint, buf,
 	@$(LINT) run --timeout 10m ./...
 	@$(TOOL) buf lint
 	@GOOS=darwin CGO_ENABLED=0 $(GO) vet -tags "$(TAGS)" ./...
-	@if command -v shellcheck >/dev/null; then shellcheck -x .ci/run test/demo test/fuzz test/env/podman-env test/env/lib.sh test/env/host test/env/host-test test/env/selftest test/env/host.d/run-payload test/env/payload/*; fi
+	@if command -v shellcheck >/dev/null; then shellcheck -x .ci/run test/demo test/fuzz test/env/podman-env test/env/lib.sh test/env/host test/env/host-test test/env/bundle test/env/selftest test/env/host.d/run-payload test/env/payload/*; fi
 
 $(LINT): tools/lint/go.sum
 	@echo "building golangci-lint (once, a few minutes)"

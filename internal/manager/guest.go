@@ -135,6 +135,9 @@ type bringUp struct {
 	looked   time.Time
 }
 
+// silentGuestd is what keeps a boot from being ready whose guestd was not heard.
+const silentGuestd = "its guestd does not answer"
+
 // progressEvery is how often a driver is asked how far a boot is whose guestd
 // does not answer yet.
 const progressEvery = 300 * time.Millisecond
@@ -150,6 +153,9 @@ func (b *bringUp) look(ctx context.Context) {
 		return
 	}
 	b.progress = obs.Detail
+	if !b.begun && b.progress != "" {
+		b.last = silentGuestd + ": " + b.progress
+	}
 	b.manager.see(b.entry, enter(PhaseStarting, "", obs.Detail))
 }
 
@@ -197,7 +203,7 @@ func (b *bringUp) configure(ctx context.Context, entropy []byte) error {
 // insist repeats a call until guestd answers.
 func (b *bringUp) insist(ctx context.Context, call func() error) error {
 	if b.last == "" {
-		b.last = "its guestd does not answer"
+		b.last = silentGuestd
 	}
 	for pause := firstCall; ; pause = min(2*pause, lastCall) {
 		err := call()

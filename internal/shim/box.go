@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 
 	"github.com/choiros/agent/internal/sandbox"
@@ -29,6 +30,7 @@ type Boxes struct {
 //	alive       locked by the shim for as long as that lives
 //	life-N      FIFO whose writing end life N's shim holds: readers see its end
 //	stop-N      FIFO from which life N's shim reads requests to stop
+//	reserve     room for a record, should the disk be full
 //	log         what the workload printed
 //	shim.log    what the shim itself printed: nothing, unless it has a fault
 type Box struct {
@@ -46,6 +48,10 @@ const (
 	endRecord  = "end.json"
 	aliveLock  = "alive"
 	faultsFile = "shim.log"
+	// reserveFile is given up for a record when there is no room for it: that
+	// a disk is full is when there is something to tell.
+	reserveFile  = "reserve"
+	reserveBytes = 16 << 10
 )
 
 // Life is what a shim writes once its sandbox runs.
@@ -114,11 +120,44 @@ func (b Box) Save(name string, record any) error {
 	if err != nil {
 		return err
 	}
-	unfinished := b.Path(name + ".new")
-	if err := writeDurably(unfinished, data); err != nil {
-		return err
+	err = b.replace(name, data)
+	if errors.Is(err, syscall.ENOSPC) && os.Remove(b.Path(reserveFile)) == nil {
+		err = b.replace(name, data)
+		_ = b.reserve() // which may do now: the record before has gone
 	}
-	return os.Rename(unfinished, b.Path(name))
+	return err
+}
+
+func (b Box) replace(name string, data []byte) error {
+	unfinished := b.Path(name + ".new")
+	err := writeDurably(unfinished, data)
+	if err == nil {
+		err = os.Rename(unfinished, b.Path(name))
+	}
+	if err != nil {
+		_ = os.Remove(unfinished) // or the next one overwrites it
+	}
+	return err
+}
+
+// reserve takes the room that Save gives up.
+func (b Box) reserve() error {
+	err := os.WriteFile(b.Path(reserveFile), make([]byte, reserveBytes), 0o600)
+	if err != nil {
+		_ = os.Remove(b.Path(reserveFile)) // of a part of it there is no use
+	}
+	return err
+}
+
+// DiskProblem says of an error whether the disk is full: then what it returns
+// wraps sandbox.ErrExhausted.
+func DiskProblem(err error) error {
+	for _, full := range []error{syscall.ENOSPC, syscall.EDQUOT} {
+		if errors.Is(err, full) && !errors.Is(err, sandbox.ErrExhausted) {
+			return fmt.Errorf("%w: %w", sandbox.ErrExhausted, err)
+		}
+	}
+	return err
 }
 
 func writeDurably(path string, data []byte) error {

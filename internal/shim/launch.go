@@ -57,6 +57,10 @@ func (m *Mutex) launch(ctx context.Context, program Program) error {
 		return err
 	}
 	defer faults.Close()
+	before, err := faults.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
 	report, reporter, err := os.Pipe()
 	if err != nil {
 		return err
@@ -94,10 +98,19 @@ func (m *Mutex) launch(ctx context.Context, program Program) error {
 	case err != nil:
 		return err
 	case len(said) == 0:
-		text, _ := os.ReadFile(faults.Name())
-		return errors.New("its shim ended: " + strings.TrimSpace(string(text)))
+		return silent(faults.Name(), before)
 	}
 	return decodeReport(said)
+}
+
+// silent is a shim that ended and did not say why, but for what it may have
+// printed to faults.
+func silent(faults string, before int64) error {
+	text, _ := os.ReadFile(faults)
+	if printed := strings.TrimSpace(string(text[min(before, int64(len(text))):])); printed != "" {
+		return errors.New("its shim ended: " + printed)
+	}
+	return errors.New("its shim was killed")
 }
 
 // A report of failure is what went wrong, behind the name of the sentinel that

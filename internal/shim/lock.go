@@ -91,12 +91,17 @@ func (m *Mutex) Make(record any, fill func() error) error {
 	if err := os.MkdirAll(m.box.Dir, 0o700); err != nil {
 		return err
 	}
+	var err error
 	if fill != nil {
-		if err := fill(); err != nil {
-			return errors.Join(err, os.RemoveAll(m.box.Dir))
-		}
+		err = fill()
 	}
-	return m.box.Save(madeRecord, record)
+	if err == nil {
+		err = m.box.Save(madeRecord, record)
+	}
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(m.box.Dir))
+	}
+	return nil
 }
 
 // Remake replaces what is asked for, of a sandbox that exists.

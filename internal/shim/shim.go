@@ -70,6 +70,9 @@ func (s *Shim) enter() error {
 	if err := syscall.FcntlFlock(s.alive.Fd(), syscall.F_SETLKW, &lock); err != nil {
 		return fmt.Errorf("lock %s: %w", s.alive.Name(), err)
 	}
+	if err := s.Box.reserve(); err != nil {
+		return err
+	}
 	requests, err := s.makeFIFOs()
 	if err != nil {
 		return err
@@ -167,7 +170,7 @@ func (s *Shim) SetProgress(what string) error {
 
 // Fail says that the sandbox does not come to run, and why.
 func (s *Shim) Fail(err error) {
-	_, _ = s.report.WriteString(encodeReport(err))
+	_, _ = s.report.WriteString(encodeReport(DiskProblem(err)))
 	s.report.Close()
 	s.mutex.Close()
 }

@@ -1,7 +1,6 @@
 package vm
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,15 +8,33 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"unicode"
 
 	"github.com/choiros/agent/internal/sandbox"
+	"github.com/choiros/agent/internal/shim"
 )
 
 // bundleFile is what a folder with something that boots has in it.
 const bundleFile = "guest.json"
 
-// maxBundleFile bounds what is read of it.
-const maxBundleFile = 1 << 20
+const (
+	// maxBundleFile bounds what is read of it, in bytes.
+	maxBundleFile = 1 << 20
+	// maxCmdline is the longest command line. Kernels read 2048 bytes and drop
+	// the rest without a word, and the last of it is the driver's.
+	maxCmdline = 1920
+	// maxBundleDisks is how many disks of a bundle's there can be, beside the
+	// devices that a machine has anyway.
+	maxBundleDisks = 16
+)
+
+var (
+	serialForm = regexp.MustCompile(`^[a-z0-9-]{1,20}$`)
+	dataSerial = regexp.MustCompile(`^data[0-9]+$`) // see plan.mount
+)
 
 // bundle is something that boots: the guest kit, or a guest of somebody else's.
 // docs/guest-kit.md says what the fields mean. Paths are absolute once read.
@@ -41,50 +58,125 @@ type bundleDisk struct {
 	Writable bool `json:"writable"`
 }
 
+// copyName is the file in a box that a writable disk of a bundle's is copied to.
+// A serial is one of a kind, and nothing else in a box is called that.
+func (d bundleDisk) copyName() string { return "disk-" + d.Serial + ".img" }
+
+// path is the file that a sandbox's machine has for it.
+func (d bundleDisk) path(b shim.Box) string {
+	if d.Writable {
+		return b.Path(d.copyName())
+	}
+	return d.File
+}
+
 // readBundle reads the bundle in a folder and sees that its files are there.
+// They may be links to where they are: whoever makes a bundle may have its
+// machines read what the agent's user can.
 func readBundle(dir, arch string) (bundle, error) {
 	var b bundle
-	file, err := os.Open(filepath.Join(dir, bundleFile))
+	file := filepath.Join(dir, bundleFile)
+	text, err := readSmall(file)
 	if err != nil {
 		return b, err
+	}
+	if err := json.Unmarshal(text, &b); err != nil {
+		return b, fmt.Errorf("%s: %w", file, err)
+	}
+	if err := b.check(arch); err != nil {
+		return b, fmt.Errorf("%s: %w", file, err)
+	}
+	for _, field := range b.files() {
+		if *field.file, err = inBundle(dir, *field.file); err != nil {
+			return b, fmt.Errorf("%s: %s: %w", file, field.name, err)
+		}
+	}
+	return b, checkKernel(b.Kernel, b.Arch)
+}
+
+// readSmall reads the file that describes a bundle, whatever is in its place.
+func readSmall(path string) ([]byte, error) {
+	// Opened so, a FIFO that nobody writes to does not hold who opens it.
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
 	}
 	defer file.Close()
-	data, err := io.ReadAll(io.LimitReader(file, maxBundleFile))
-	if err != nil {
-		return b, err
+	info, err := file.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	case info.Size() > maxBundleFile:
+		return nil, fmt.Errorf("%s is longer than %d bytes", path, maxBundleFile)
 	}
-	if err := json.NewDecoder(bytes.NewReader(data)).Decode(&b); err != nil {
-		return b, fmt.Errorf("%s: %w", file.Name(), err)
+	return io.ReadAll(io.LimitReader(file, maxBundleFile))
+}
+
+// check refuses what no machine is made from.
+func (b bundle) check(arch string) error {
+	switch {
+	case b.Arch != arch:
+		return fmt.Errorf("arch: it is for %q, and guests here are %s", b.Arch, arch)
+	case b.Kernel == "":
+		return errors.New("kernel: it names none")
+	case strings.ContainsFunc(b.Cmdline, unicode.IsControl):
+		return errors.New("cmdline: it has control characters")
+	case len(b.Cmdline) > maxCmdline:
+		return fmt.Errorf("cmdline: it is longer than %d bytes, of what a kernel reads", maxCmdline)
+	case len(b.Disks) > maxBundleDisks:
+		return fmt.Errorf("disks: %d are more than %d", len(b.Disks), maxBundleDisks)
 	}
-	if b.Arch != arch {
-		return b, fmt.Errorf("%s: it is for %s, and guests here are %s", file.Name(), b.Arch, arch)
+	seen := map[string]bool{}
+	for i, disk := range b.Disks {
+		field := fmt.Sprintf("disks[%d]", i)
+		switch {
+		case disk.File == "":
+			return fmt.Errorf("%s.file: it names none", field)
+		case !serialForm.MatchString(disk.Serial):
+			return fmt.Errorf("%s.serial: %q is not 1 to 20 of a-z, 0-9 and -", field, disk.Serial)
+		case dataSerial.MatchString(disk.Serial):
+			return fmt.Errorf("%s.serial: %s is one of the sandbox's own disks", field, disk.Serial)
+		case seen[disk.Serial]:
+			return fmt.Errorf("%s.serial: %s is another disk's, too", field, disk.Serial)
+		}
+		seen[disk.Serial] = true
 	}
-	if b.Kernel == "" {
-		return b, fmt.Errorf("%s: kernel: it names none", file.Name())
-	}
-	names := []*string{&b.Kernel}
-	for _, optional := range []*string{&b.Vmlinux, &b.Initrd} {
-		if *optional != "" {
-			names = append(names, optional)
+	return nil
+}
+
+// bundleField is where a bundle names a file.
+type bundleField struct {
+	name string
+	file *string
+}
+
+// files are the fields that name files, but for those that need not and do not.
+func (b *bundle) files() []bundleField {
+	fields := []bundleField{{"kernel", &b.Kernel}}
+	for _, optional := range []bundleField{{"vmlinux", &b.Vmlinux}, {"initrd", &b.Initrd}} {
+		if *optional.file != "" {
+			fields = append(fields, optional)
 		}
 	}
 	for i := range b.Disks {
-		names = append(names, &b.Disks[i].File)
+		fields = append(fields, bundleField{fmt.Sprintf("disks[%d].file", i), &b.Disks[i].File})
 	}
-	for _, name := range names {
-		if !filepath.IsLocal(*name) {
-			return b, fmt.Errorf("%s: %q leads out of its folder", file.Name(), *name)
-		}
-		*name = filepath.Join(dir, *name)
-		info, err := os.Stat(*name)
-		if err != nil {
-			return b, err
-		}
-		if !info.Mode().IsRegular() {
-			return b, fmt.Errorf("%s is not a regular file", *name)
-		}
+	return fields
+}
+
+// inBundle is the absolute path of a file that a bundle names.
+func inBundle(dir, name string) (string, error) {
+	if !filepath.IsLocal(name) {
+		return "", fmt.Errorf("%q leads out of its folder", name)
 	}
-	return b, nil
+	path := filepath.Join(dir, name)
+	info, err := os.Stat(path)
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", path)
+	}
+	return path, err
 }
 
 // kit reads the guest kit, which images are booted with.

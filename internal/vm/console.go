@@ -5,7 +5,9 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -139,14 +141,48 @@ func (c *console) attach(conn *net.UnixConn) {
 	}
 }
 
+// drain returns once all was read that the machine has said, which has ended.
+func (c *console) drain() {
+	c.theirs.Close()
+	select {
+	case <-c.done:
+	case <-time.After(lastWordLimit): // somebody has its end all the same
+		c.ours.Close()
+		<-c.done
+	}
+}
+
 // close ends the console once the machine has.
 func (c *console) close() {
-	c.theirs.Close()
+	c.drain()
 	c.ours.Close()
-	<-c.done
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.log.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return
 	}
+}
+
+// maxLastWords is how much of the end of a console is looked at, in bytes.
+const maxLastWords = 8 << 10
+
+// lastWords is the line that says most about why a machine has ended: that of
+// the kernel's panic, or of guestd's trouble, or else the last.
+func (c *console) lastWords() string {
+	c.drain()
+	said, err := os.ReadFile(c.path)
+	if err != nil {
+		return ""
+	}
+	last := ""
+	for line := range strings.Lines(string(said[max(0, len(said)-maxLastWords):])) {
+		line = strings.TrimSpace(printable(line))
+		if strings.Contains(line, "Kernel panic") || strings.Contains(line, "guestd: ") {
+			return line
+		}
+		if line != "" {
+			last = line
+		}
+	}
+	return last
 }

@@ -57,6 +57,7 @@ const (
 	answerDone     = 'd' // what follows, to the end, is the result as JSON
 	answerNobody   = 'n' // nothing listens there
 	answerCannot   = 'c' // what follows, to the end, is why that can never be done
+	answerFull     = 'x' // what follows, to the end, is what there is no room for
 	answerFailed   = 'e' // what follows, to the end, is why
 	maxAnswerBytes = 1 << 20
 )
@@ -123,8 +124,11 @@ func ask(conn *net.UnixConn, o order) (net.Conn, error) {
 	if err != nil {
 		return nil, shimGone(err)
 	}
-	if first[0] == answerCannot {
+	switch first[0] {
+	case answerCannot:
 		return nil, fmt.Errorf("%w: %s", sandbox.ErrUnsupported, text)
+	case answerFull:
+		return nil, fmt.Errorf("%w: %s", sandbox.ErrExhausted, text)
 	}
 	return nil, errors.New(string(text))
 }
@@ -206,7 +210,10 @@ func answerError(conn *net.UnixConn, err error) {
 		return
 	}
 	what := byte(answerFailed)
-	if errors.Is(err, ErrCannotSave) {
+	switch {
+	case errors.Is(shim.DiskProblem(err), sandbox.ErrExhausted):
+		what = answerFull // whatever else that led to
+	case errors.Is(err, ErrCannotSave):
 		what = answerCannot
 	}
 	_, _ = conn.Write(append([]byte{what}, err.Error()...))

@@ -22,6 +22,9 @@ type DriverConfig struct {
 	// Kit is the folder of the guest kit; it may be missing or wrong, which
 	// shows when a machine is wanted.
 	Kit string
+	// Bundles is the folder of bundles, a folder each, by whose name a spec's
+	// machine is one; it may be absent.
+	Bundles string
 	// Arch is GOARCH of guests.
 	Arch string
 	// Shim are the arguments with which this program is a shim; see RunShim.
@@ -143,5 +146,5 @@ func failed(operation string, ref sandbox.Ref, err error) error {
 	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return fmt.Errorf("%s %s: %w", operation, ref.ID, err)
+	return fmt.Errorf("%s %s: %w", operation, ref.ID, shim.DiskProblem(err))
 }

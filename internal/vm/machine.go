@@ -67,6 +67,13 @@ type Machine interface {
 	Close() error
 }
 
+// Staller is a Machine that halts, and does not fail its guest, while the host
+// has no room for what is written to a disk. It goes on by itself.
+type Staller interface {
+	// Stalled is sent true when it halts for that, and false when it goes on.
+	Stalled() <-chan bool
+}
+
 // Config is what a Machine is made of. Paths may be relative to Dir.
 type Config struct {
 	// Dir is a folder of this machine's alone, mode 0700: for sockets and

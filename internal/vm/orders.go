@@ -87,14 +87,18 @@ type refused struct {
 	Total  uint64
 }
 
-// pauseLimit is how long a hypervisor may take to stop its processors.
-const pauseLimit = 10 * time.Second
+// pauseLimit is how long a hypervisor may take to stop its processors. If it
+// has limits of its own, these come first, and say more.
+const pauseLimit = 20 * time.Second
 
 // setPaused stops the machine's processors, or lets them go on, and writes
 // down which.
 func (l *life) setPaused(paused bool) error {
 	l.changing.Lock()
 	defer l.changing.Unlock()
+	if l.asleep {
+		return errSaved
+	}
 	if l.paused == paused {
 		return nil
 	}
@@ -105,12 +109,12 @@ func (l *life) setPaused(paused bool) error {
 	return l.SetPaused(paused)
 }
 
+// errSaved is a machine that is to change though its life is over.
+var errSaved = errors.New("the machine was saved, and is ending")
+
 // halt stops the machine's processors, or lets them go on. Its caller holds
 // changing.
 func (l *life) halt(halted bool) error {
-	if l.asleep {
-		return errors.New("the machine was saved, and is ending")
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), pauseLimit)
 	defer cancel()
 	change := l.machine.Resume

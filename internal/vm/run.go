@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -72,7 +71,7 @@ func RunShim(args []string, newMachine func(context.Context, Config) (Machine, e
 		return 1
 	}
 	if l.savedKey == nil {
-		l.progress("booting the kernel")
+		l.progress(l.booting())
 	} else {
 		l.progress("going on from its memory")
 	}
@@ -125,6 +124,8 @@ type life struct {
 	held chan struct{}
 	// slept is sent the file of the key once the memory was saved.
 	slept chan string
+	// stopped is closed once the life is to end: nothing is saved from then on.
+	stopped chan struct{}
 	// output are the two streams of what the workload prints.
 	output [2]*io.PipeWriter
 	// ended is sent what guestd says of the end, once.
@@ -136,7 +137,7 @@ type life struct {
 // begin brings a new life to where its processors run.
 func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) error {
 	l.ended, l.slept = make(chan *guestv1.Ended, 1), make(chan string, 1)
-	l.called, l.held = make(chan struct{}, 1), make(chan struct{}, 1)
+	l.called, l.held, l.stopped = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})
 	l.key = make([]byte, keyBytes)
 	_, _ = rand.Read(l.key) // never fails, see crypto/rand
 	// Names of sockets are relative: paths of any length would not do.
@@ -268,11 +269,7 @@ func (l *life) config() (Config, error) {
 		c.Disks = append(c.Disks, Disk{Serial: d.Serial, Path: d.Source})
 	}
 	for _, d := range l.boot.Disks {
-		disk := Disk{Serial: d.Serial, Path: d.File, ReadOnly: !d.Writable}
-		if d.Writable {
-			disk.Path = l.Box.Path(filepath.Base(d.File))
-		}
-		c.Disks = append(c.Disks, disk)
+		c.Disks = append(c.Disks, Disk{Serial: d.Serial, Path: d.path(l.Box), ReadOnly: !d.Writable})
 	}
 	for _, s := range l.plan.Shares {
 		c.Shares = append(c.Shares, Share{Tag: s.Tag, Path: s.Source, ReadOnly: s.ReadOnly})
@@ -317,121 +314,63 @@ func guestMAC() net.HardwareAddr { return net.HardwareAddr{0x5a, 0x94, 0xef, 0xe
 // once it has.
 func (l *life) supervise() shim.End {
 	var deadline time.Time
-	kill := time.NewTimer(0)
-	<-kill.C
-	detail := ""
+	kill, press := idleTimer(), idleTimer()
+	detail, killed := "", false
+	var stalls <-chan bool
+	if machine, ok := l.machine.(Staller); ok {
+		stalls = machine.Stalled()
+	}
 	for {
 		select {
 		case grace := <-l.Stops:
 			switch until := time.Now().Add(grace); {
 			case grace <= 0:
+				killed = true
 				l.kill()
 			case l.guest.Load() == nil && l.savedKey == nil:
 				// There is nobody yet who would have something to lose.
 				l.kill()
-				return l.waited(shim.End{ExitCode: 128 + int(sigTerm), Detail: "stopped while it booted"})
-			case deadline.IsZero() || until.Before(deadline):
-				l.signal()
-				deadline = until
-				kill.Reset(grace)
+				return l.waited(shim.End{ExitCode: 128 + int(sigTerm), Detail: "stopped while it booted"}, deadline)
 			default:
-				l.signal()
+				if deadline.IsZero() {
+					close(l.stopped)
+				}
+				if deadline.IsZero() || until.Before(deadline) {
+					deadline = until
+					kill.Reset(grace)
+					press.Reset(grace / 2) // whatever guestd makes of it
+				}
+				l.ask()
 			}
+		case <-press.C:
+			l.tasks.Go(l.pressPower)
 		case <-kill.C:
-			detail = "it did not stop within its grace, and was killed"
+			detail, killed = "it did not stop within its grace, and was killed", true
 			l.kill()
 		case ended := <-l.ended:
-			return l.waited(endOf(ended))
+			return l.waited(endOf(ended), deadline)
 		case <-l.called:
 			if !deadline.IsZero() {
-				l.signal()
+				l.ask()
+			}
+		case stalled := <-stalls:
+			if stalled {
+				l.progress("halted: there is no room on the host's disk for what it writes")
+			} else {
+				l.progress("")
 			}
 		case keyFile := <-l.slept:
 			select {
 			case ended := <-l.ended: // just before it was saved
 				_ = discardSaved(l.Box)
 				_ = os.Remove(keyFile)
-				return l.waited(endOf(ended))
+				return l.waited(endOf(ended), deadline)
 			default:
 			}
 			return l.sleep(keyFile)
 		case <-l.machine.Done():
-			return l.fell(detail)
+			return l.fell(detail, killed)
 		}
-	}
-}
-
-// kill cuts the power. The machine ends, or its Done would lie.
-func (l *life) kill() {
-	if err := l.machine.Kill(); err != nil {
-		fmt.Fprintln(os.Stderr, "kill the machine:", err)
-	}
-}
-
-// signal has guestd ask the workload to end, for which the machine has to run.
-func (l *life) signal() {
-	if err := l.setPaused(false); err != nil {
-		fmt.Fprintln(os.Stderr, "resume the machine:", err)
-	}
-	number := sigTerm
-	if l.plan.Image != nil {
-		number = l.plan.Image.StopSignal
-	}
-	if l.guest.Load() == nil {
-		return // it is told once it has called
-	}
-	if err := l.send(&guestv1.MachineOrder{Signal: number}); err != nil {
-		// A guest that takes no orders has its grace, and then is killed.
-		fmt.Fprintln(os.Stderr, "signal the guest:", err)
-	}
-}
-
-// send gives guestd an order.
-func (l *life) send(order *guestv1.MachineOrder) error {
-	conn := l.guest.Load()
-	if conn == nil {
-		return errors.New("it has not called")
-	}
-	l.sending.Lock()
-	defer l.sending.Unlock()
-	_ = conn.NetConn().SetWriteDeadline(time.Now().Add(time.Second))
-	return conn.Send(order)
-}
-
-// waited is the end of a life whose end is known, once the machine is off.
-func (l *life) waited(end shim.End) shim.End {
-	select {
-	case <-l.machine.Done():
-	case <-time.After(powerOffLimit):
-		l.kill()
-		<-l.machine.Done()
-	}
-	return end
-}
-
-// fell is the end of a machine that went before its guestd was heard to say so,
-// or without a word.
-func (l *life) fell(detail string) shim.End {
-	select {
-	case <-l.heard:
-	case <-time.After(lastWordLimit):
-	}
-	select {
-	case ended := <-l.ended:
-		return endOf(ended)
-	default:
-	}
-	if err := l.machine.Err(); err != nil {
-		detail = printable(err.Error())
-	}
-	return shim.End{ExitCode: 128 + int(syscall.SIGKILL), Detail: detail}
-}
-
-// endOf is the end that guestd tells of.
-func endOf(ended *guestv1.Ended) shim.End {
-	return shim.End{
-		FinishedAt: time.Now(), ExitCode: int(ended.GetCode()) & 0xff,
-		OOMKilled: ended.GetOomKilled(), Detail: printable(ended.GetMessage()),
 	}
 }
 
@@ -449,6 +388,9 @@ func (l *life) release() {
 		}
 	}
 	l.tasks.Wait()
+	// Whoever changes the machine finds it gone, and takes back what it had begun.
+	l.changing.Lock()
+	l.changing.Unlock() //nolint:staticcheck // Nothing is to be done, but after them.
 	if l.console != nil {
 		l.console.close()
 	}

@@ -90,11 +90,7 @@ func fits(b shim.Box, p plan, boot bundle) (string, error) {
 		files = append(files, d.Source)
 	}
 	for _, d := range boot.Disks {
-		if d.Writable {
-			files = append(files, b.Path(filepath.Base(d.File)))
-		} else {
-			files = append(files, d.File)
-		}
+		files = append(files, d.path(b))
 	}
 	type file struct {
 		Path string
@@ -170,8 +166,12 @@ func (l *life) knows(key []byte) bool {
 	return subtle.ConstantTimeCompare(key, l.key) == 1 || subtle.ConstantTimeCompare(sum[:], l.savedKey) == 1
 }
 
+// errStopped is a machine that cannot be saved any more: it is being stopped.
+var errStopped = errors.New("it is being stopped")
+
 // hibernate saves the machine's memory and has supervise end the life. On an
-// error the machine goes on as it was.
+// error the machine goes on as it was, unless it is being stopped: that leaves
+// nothing to be saved, so it goes on to be asked to end.
 func (l *life) hibernate(keyFile string) error {
 	if len(l.plan.Shares) > 0 {
 		return fmt.Errorf("%w: it has shares", ErrCannotSave)
@@ -181,16 +181,18 @@ func (l *life) hibernate(keyFile string) error {
 	if l.guest.Load() == nil || l.asleep {
 		return errors.New("the machine is starting or ending")
 	}
+	ctx, cancel := l.untilStopped()
+	defer cancel()
 	wasPaused := l.paused
 	if wasPaused { // what holds its guestd is an order, which it has to get
 		if err := l.halt(false); err != nil {
 			return err
 		}
 	}
-	err := l.hold()
+	err := l.hold(ctx)
 	if err == nil {
 		if err = l.halt(true); err == nil {
-			err = l.save(keyFile)
+			err = l.save(ctx, keyFile)
 		}
 		if err != nil {
 			err = errors.Join(err, l.halt(false))
@@ -208,8 +210,28 @@ func (l *life) hibernate(keyFile string) error {
 	return nil
 }
 
+// untilStopped is a context that ends when the machine is to be stopped.
+func (l *life) untilStopped() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	over := make(chan struct{})
+	watching := make(chan struct{})
+	go func() {
+		defer close(watching)
+		select {
+		case <-l.stopped:
+			cancel(errStopped)
+		case <-over:
+		}
+	}()
+	return ctx, func() {
+		close(over)
+		<-watching
+		cancel(nil)
+	}
+}
+
 // hold has guestd write what is on disks and send nothing more.
-func (l *life) hold() error {
+func (l *life) hold(ctx context.Context) error {
 	select {
 	case <-l.held: // of an attempt before
 	default:
@@ -220,17 +242,19 @@ func (l *life) hold() error {
 	select {
 	case <-l.held:
 		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	case <-time.After(holdLimit):
 		return errors.New("the guest did not come to be still")
 	}
 }
 
 // save writes the memory and the key that it is sealed with.
-func (l *life) save(keyFile string) error {
+func (l *life) save(ctx context.Context, keyFile string) error {
 	if err := discardSaved(l.Box); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), saveLimit)
+	ctx, cancel := context.WithTimeout(ctx, saveLimit)
 	defer cancel()
 	key, err := l.machine.Save(ctx, l.Box.Path(savedFile))
 	if err == nil && len(key) > 0 {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -154,6 +155,8 @@ func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (plan, image.Reso
 		if p.Boot, err = d.machine(spec); err != nil {
 			return fail(err)
 		}
+		// Who a name is, only its disks know: then shares are root's.
+		p.Owner, _ = account.Of(spec.User)
 		return p, image.Resolved{}, nil
 	}
 	if _, err := d.kit(); err != nil {
@@ -236,10 +239,18 @@ func (p *plan) mount(mounts []sandbox.Mount) error {
 // machine reads the bundle that a spec names.
 func (d *Driver) machine(spec sandbox.Spec) (bundle, error) {
 	const field = "spec.machine"
-	if !filepath.IsAbs(spec.Machine) {
-		return bundle{}, sandbox.Invalidf(field, "%q is not the absolute path of a bundle's folder", spec.Machine)
+	if err := sandbox.ValidateName(field, spec.Machine); err != nil {
+		return bundle{}, err
 	}
-	b, err := readBundle(spec.Machine, d.cfg.Arch)
+	dir := filepath.Join(d.cfg.Bundles, spec.Machine)
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return bundle{}, &sandbox.FieldError{
+			Field:   field,
+			Problem: fmt.Sprintf("%s is no bundle in %s (vm.bundles)", spec.Machine, d.cfg.Bundles),
+			Err:     sandbox.ErrNotFound,
+		}
+	}
+	b, err := readBundle(dir, d.cfg.Arch)
 	if err != nil {
 		return bundle{}, sandbox.Invalidf(field, "%v", err)
 	}

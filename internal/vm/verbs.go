@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/choiros/agent/internal/sandbox"
@@ -66,7 +65,7 @@ func (p plan) makeDisks(ctx context.Context, b shim.Box) error {
 	}
 	for _, disk := range p.Boot.Disks {
 		if disk.Writable {
-			if err := replaceWithCopy(ctx, b.Path(filepath.Base(disk.File)), disk.File); err != nil {
+			if err := replaceWithCopy(ctx, disk.path(b), disk.File); err != nil {
 				return err
 			}
 		}

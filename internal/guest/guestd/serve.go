@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
 	"github.com/choiros/agent/internal/guest/wire"
 )
@@ -125,13 +127,27 @@ func (s *server) converse(ctx context.Context, netConn net.Conn, waiting *list.E
 		defer stop()
 	}
 	if !call.early {
+		asked := time.Now()
 		err = s.awaitReady(ctx)
+		catchUp(&request, time.Since(asked))
 	}
 	if err == nil {
 		err = call.handle(ctx, conn, &request)
 	}
 	if err != nil {
 		_ = conn.Send(response(err))
+	}
+}
+
+// catchUp has a request that had to wait tell what time it is by now.
+func catchUp(request *guestv1.Request, waited time.Duration) {
+	for _, t := range []*timestamppb.Timestamp{
+		request.GetConfigure().GetTime(), request.GetRejoin().GetTime(), request.GetSetTime().GetTime(),
+	} {
+		if t.CheckValid() == nil {
+			now := timestamppb.New(t.AsTime().Add(waited))
+			t.Seconds, t.Nanos = now.GetSeconds(), now.GetNanos()
+		}
 	}
 }
 

@@ -15,16 +15,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// findLimit is how long a disk may take to appear. All that the machine was
-// started with are there at once.
-const findLimit = 2 * time.Second
+// How long a device may take to appear. All that the machine was started with
+// are there at once, but a system of its own loads their drivers when it comes to that.
+const (
+	findLimit       = 2 * time.Second
+	systemFindLimit = 30 * time.Second
+)
+
+func (mk *maker) findLimit() time.Duration {
+	if mk.ownSystem {
+		return systemFindLimit
+	}
+	return findLimit
+}
 
 // findDisk returns the path of the block device with a serial.
-func findDisk(serial string) (string, error) {
+func (mk *maker) findDisk(serial string) (string, error) {
 	if err := checkName("disk's serial", serial); err != nil {
 		return "", err
 	}
-	for end := time.Now().Add(findLimit); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(mk.findLimit()); ; time.Sleep(5 * time.Millisecond) {
 		files, err := filepath.Glob("/sys/block/*/serial")
 		if err != nil {
 			return "", err

@@ -47,7 +47,7 @@ func mountShare(m mount, target string) error {
 }
 
 func (mk *maker) mountData(m mount, target string, made bool) error {
-	device, err := findDisk(m.disk.GetSerial())
+	device, err := mk.findDisk(m.disk.GetSerial())
 	if err != nil {
 		return err
 	}

@@ -33,7 +33,7 @@ func (mk *maker) network() error {
 	if err != nil {
 		return err
 	}
-	index, err := findInterface(n.GetMac())
+	index, err := mk.findInterface(n.GetMac())
 	if err != nil {
 		return fmt.Errorf("interface %s: %w", n.GetMac(), err)
 	}
@@ -60,12 +60,29 @@ func (mk *maker) network() error {
 			return fmt.Errorf("nameserver: %w", err)
 		}
 	}
-	return replaceFile("/etc/resolv.conf", resolvFile(n.GetNameservers()))
+	return replaceFile(mk.resolvPath(), resolvFile(n.GetNameservers()))
+}
+
+// resolvPath is the file that says which nameservers there are. A system of its
+// own may have a link there, to where it can write, and it stays.
+func (mk *maker) resolvPath() string {
+	const path = "/etc/resolv.conf"
+	if !mk.ownSystem {
+		return path
+	}
+	to, err := os.Readlink(path)
+	if err != nil {
+		return path
+	}
+	if !filepath.IsAbs(to) {
+		to = filepath.Join(filepath.Dir(path), to)
+	}
+	return to
 }
 
 // findInterface returns the index of the interface with a MAC.
-func findInterface(mac string) (uint32, error) {
-	for end := time.Now().Add(findLimit); ; time.Sleep(5 * time.Millisecond) {
+func (mk *maker) findInterface(mac string) (uint32, error) {
+	for end := time.Now().Add(mk.findLimit()); ; time.Sleep(5 * time.Millisecond) {
 		files, err := filepath.Glob("/sys/class/net/*/address")
 		if err != nil {
 			return 0, err

@@ -27,6 +27,8 @@ type maker struct {
 	// owner is who new disks are given to.
 	owner func() (uid, gid uint32)
 	note  func(stage string)
+	// ownSystem: the system has a root of its own.
+	ownSystem bool
 	// freezable are folders in file systems that are to be left in order.
 	freezable []*os.File
 }
@@ -42,7 +44,7 @@ type Made struct {
 // machine's. owner, called then, says who is to have new disks; note is told what
 // is being done. An error says which part could not be made.
 func Make(m *guestv1.Machine, i *Initramfs, owner func() (uid, gid uint32), note func(stage string)) (*Made, error) {
-	mk := &maker{machine: m, owner: owner, note: note}
+	mk := &maker{machine: m, owner: owner, note: note, ownSystem: i == nil}
 	mounts, err := mountsOf(m)
 	if err != nil {
 		return nil, err
@@ -88,7 +90,7 @@ func (mk *maker) root(r *guestv1.Root) error {
 			return err
 		}
 	}
-	device, err := findDisk(r.GetImageSerial())
+	device, err := mk.findDisk(r.GetImageSerial())
 	if err == nil {
 		err = damaged(unix.Mount(device, imageDir, r.GetImageType(), unix.MS_RDONLY|unix.MS_NODEV, ""))
 	}
@@ -112,7 +114,7 @@ func (mk *maker) layer(serial string) error {
 			return err
 		}
 	} else {
-		device, err := findDisk(serial)
+		device, err := mk.findDisk(serial)
 		if err != nil {
 			return err
 		}

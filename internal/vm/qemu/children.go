@@ -45,8 +45,9 @@ type child struct {
 type children struct {
 	dir    string
 	starts chan func()
-	done   chan struct{}
-	fall   chan *child // each child, as it ends, if somebody wants to know
+	over   chan struct{} // closed once all were waited for
+	done   chan struct{} // closed once nobody takes starts
+	fall   chan *child   // each child, as it ends, if somebody wants to know
 
 	mu   sync.Mutex
 	dead bool // no more are started
@@ -58,13 +59,18 @@ func newChildren(dir string) *children {
 	// What somebody left to be inherited by all of this process's children is
 	// not for these. An old kernel cannot, and it matters to no promise but this.
 	_ = unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC)
-	c := &children{dir: dir, starts: make(chan func()), done: make(chan struct{}), fall: make(chan *child)}
+	c := &children{dir: dir, starts: make(chan func()), over: make(chan struct{}), done: make(chan struct{}), fall: make(chan *child)}
 	go func() {
 		defer close(c.done)
 		runtime.LockOSThread()
 		// Not unlocked: the thread ends with the goroutine.
-		for start := range c.starts {
-			start()
+		for {
+			select {
+			case start := <-c.starts:
+				start()
+			case <-c.over:
+				return
+			}
 		}
 	}()
 	return c
@@ -91,7 +97,11 @@ func (c *children) start(name, path string, args []string, input, output *os.Fil
 		k.cmd.Stdout = output
 	}
 	result := make(chan error, 1)
-	c.starts <- func() { result <- c.begin(k) }
+	select {
+	case c.starts <- func() { result <- c.begin(k) }:
+	case <-c.done: // the machine has ended meanwhile
+		result <- os.ErrProcessDone
+	}
 	if err := <-result; err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
@@ -150,7 +160,7 @@ func (c *children) kill() {
 	for _, k := range all {
 		<-k.ended
 	}
-	close(c.starts)
+	close(c.over)
 	<-c.done
 }
 

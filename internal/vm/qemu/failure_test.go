@@ -168,8 +168,8 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 	}
 }
 
-// Of a kernel that is none behind its first sectors the machine ends, or is
-// silent, but it can be ended.
+// Of a kernel that has nothing but zeros behind its first sectors the machine
+// ends, or is silent, but it can be ended. One that is cut off there is refused.
 func TestBrokenKernel(t *testing.T) {
 	t.Parallel()
 	f := require(t)
@@ -179,6 +179,13 @@ func TestBrokenKernel(t *testing.T) {
 	}
 	broken := filepath.Join(t.TempDir(), "kernel")
 	if err := os.WriteFile(broken, kernel[:len(kernel)/8], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cut := vm.Config{Dir: shortTemp(t), Arch: runtime.GOARCH, CPUs: 1, MemoryMiB: 128, Kernel: broken, Initrd: f.initrd}
+	if _, err := qemu.New(t.Context(), cut, f.options); runtime.GOARCH == "amd64" && (err == nil || !strings.Contains(err.Error(), "is not all there")) {
+		t.Error("one that is cut off:", err)
+	}
+	if err := os.Truncate(broken, int64(len(kernel))); err != nil {
 		t.Fatal(err)
 	}
 	g := newGuest(t, func(c *vm.Config, _ *qemu.Options) { c.Kernel = broken })

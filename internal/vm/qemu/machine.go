@@ -40,9 +40,14 @@ type machine struct {
 	// vsockChild is vhost-device-vsock, while there is one.
 	vsockChild *child
 	done       chan struct{}
+	// full is sent to when QEMU halts for want of room on the host's disk, and
+	// stalled is what vm.Staller says of it.
+	full    chan struct{}
+	stalled chan bool
 
 	// changing is held while its state is changed: paused, resumed, saved.
 	changing sync.Mutex
+	paused   bool // and not to go on by itself
 
 	mu        sync.Mutex
 	stage     stage
@@ -69,7 +74,7 @@ const (
 // over config.Network, also on an error. A *MissingError is in the errors about
 // programs that are not there.
 func New(ctx context.Context, config vm.Config, options Options) (vm.Machine, error) {
-	m := &machine{options: options, done: make(chan struct{})}
+	m := &machine{options: options, done: make(chan struct{}), full: make(chan struct{}, 1), stalled: make(chan bool, 1)}
 	m.plan.config = config
 	if err := m.prepare(ctx); err != nil {
 		m.release()
@@ -169,6 +174,7 @@ func (m *machine) launch(ctx context.Context) error {
 	m.mon = newMonitor(conn, m.note)
 	m.mu.Unlock()
 	go m.watch(qemu)
+	go m.awaitRoom()
 	return nil
 }
 
@@ -261,6 +267,8 @@ func (m *machine) note(event qmp.Event) {
 	switch event.Event {
 	case "SHUTDOWN":
 		m.shutdown, _ = event.Data["reason"].(string)
+	case "BLOCK_IO_ERROR":
+		m.noteDiskError(event.Data)
 	case "DEVICE_DELETED":
 		if event.Data["device"] == vsockDevice {
 			m.plugged, m.inUse = false, false

@@ -27,6 +27,7 @@ func (m *machine) Pause(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	m.paused = true // even if QEMU is late to say so
 	return mon.run(ctx, "stop", nil, nil)
 }
 
@@ -40,6 +41,7 @@ func (m *machine) Resume(ctx context.Context) error {
 	if err := m.plugVsock(ctx); err != nil {
 		return err
 	}
+	m.paused = false
 	return mon.run(ctx, "cont", nil, nil)
 }
 
@@ -122,23 +124,28 @@ func (m *machine) openPipe(ctx context.Context, qemuReads bool) (*os.File, error
 // migrate has QEMU write the machine's state into a pipe. take reads it to the
 // end.
 func (m *machine) migrate(ctx context.Context, take func(*os.File) error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	// A command is over soon. What it has begun is to be known.
+	lasting := context.WithoutCancel(ctx)
 	// As fast as the disk is: nothing else waits for it.
-	if err := m.mon.run(ctx, "migrate-set-parameters", object{"max-bandwidth": 1 << 40}, nil); err != nil {
+	if err := m.mon.run(lasting, "migrate-set-parameters", object{"max-bandwidth": 1 << 40}, nil); err != nil {
 		return err
 	}
-	pipe, err := m.openPipe(ctx, false)
+	pipe, err := m.openPipe(lasting, false)
 	if err != nil {
 		return err
 	}
 	taken := carry(pipe, take)
-	if err = m.mon.run(ctx, "migrate", throughPipe(), nil); err != nil {
+	if err = m.mon.run(lasting, "migrate", throughPipe(), nil); err != nil {
 		if refusal, ok := errors.AsType[*commandError](err); ok {
 			err = fmt.Errorf("%w: %w", vm.ErrCannotSave, refusal)
 		}
-		_ = m.mon.run(context.WithoutCancel(ctx), "closefd", object{"fdname": statePipe}, nil) // it may have it no more
+		_ = m.mon.run(lasting, "closefd", object{"fdname": statePipe}, nil) // it may have it no more
 	} else if err = m.migrated(ctx); err != nil && ctx.Err() != nil {
 		// Or it would refuse to resume.
-		err = errors.Join(err, m.cancelMigration(context.WithoutCancel(ctx)))
+		err = errors.Join(err, m.cancelMigration(lasting))
 	}
 	return errors.Join(err, taken.wait())
 }
@@ -221,11 +228,13 @@ func (m *machine) restore(ctx context.Context) error {
 	return fmt.Errorf("restore: %w", err)
 }
 
-// unplugVsock takes the device away, with a paused guest's help.
+// unplugVsock takes the device away, with a paused guest's help. It is done
+// with what it has begun even if ctx ends: the guest would let go all the same.
 func (m *machine) unplugVsock(ctx context.Context) error {
 	if m.plan.vsock != vsockUser {
 		return nil
 	}
+	ctx = context.WithoutCancel(ctx)
 	gone := make(chan struct{})
 	m.mu.Lock()
 	plugged := m.plugged
@@ -241,18 +250,16 @@ func (m *machine) unplugVsock(ctx context.Context) error {
 		err = m.mon.run(ctx, "cont", nil, nil)
 	}
 	if err == nil {
-		ctx, cancel := context.WithTimeout(ctx, unplugTimeout)
-		defer cancel()
 		select {
 		case <-gone:
 		case <-m.mon.ended:
 			err = m.mon.why()
-		case <-ctx.Done():
-			err = fmt.Errorf("%w: the guest does not let go of its vsock device: %w", vm.ErrCannotSave, context.Cause(ctx))
+		case <-time.After(unplugTimeout):
+			err = fmt.Errorf("%w: the guest does not let go of its vsock device in %v", vm.ErrCannotSave, unplugTimeout)
 		}
 	}
 	// Paused it was, and paused it is to be, whatever became of it.
-	return errors.Join(err, m.mon.run(context.WithoutCancel(ctx), "stop", nil, nil))
+	return errors.Join(err, m.mon.run(ctx, "stop", nil, nil))
 }
 
 // plugVsock brings the device back, if it is not there.
