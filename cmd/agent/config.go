@@ -87,6 +87,8 @@ type PodmanConfig struct {
 type VMConfig struct {
 	// GuestKit is a folder; empty: the one beside the agent.
 	GuestKit string `toml:"guest_kit"`
+	// Bundles is a folder; empty: bundles in the state directory.
+	Bundles string `toml:"bundles"`
 	// Accelerator is auto, kvm or tcg.
 	Accelerator string `toml:"accelerator"`
 }
@@ -157,6 +159,7 @@ func (c *Config) keys() []key {
 		{"traces.otlp_endpoint", "URL", "send traces to this OpenTelemetry collector", &c.Traces.OTLPEndpoint},
 		{"podman.socket", "PATH", "podman's API socket; none given: looked for", &c.Podman.Socket},
 		{"vm.guest_kit", "DIR", "boot images in virtual machines with this; none given: the one beside the agent", &c.VM.GuestKit},
+		{"vm.bundles", "DIR", "machines are bundles in this folder; none given: bundles in the state directory", &c.VM.Bundles},
 		{"vm.accelerator", "NAME", "kvm, tcg (emulation) or auto, which is what works", &c.VM.Accelerator},
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,7 +37,8 @@ func addMachines(all map[string]sandbox.Driver, cfg Config, _ string, args ...st
 	}
 	driver, err := vm.New(vm.DriverConfig{
 		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: kit, Arch: runtime.GOARCH,
-		Shim: args, Env: shimEnvironment(os.Environ()), Probe: probeMachines,
+		Bundles: cmp.Or(cfg.VM.Bundles, filepath.Join(cfg.StateDir, "bundles")),
+		Shim:    args, Env: shimEnvironment(os.Environ()), Probe: probeMachines,
 	})
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,7 +40,8 @@ func addMachines(all map[string]sandbox.Driver, cfg Config, owner string, args .
 	host := &machineHost{options: qemu.Options{Accelerator: cfg.VM.Accelerator}}
 	driver, err := vm.New(vm.DriverConfig{
 		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: kit, Arch: runtime.GOARCH,
-		Shim: append(args, cfg.VM.Accelerator), Env: shimEnvironment(os.Environ()), Probe: host.probe,
+		Bundles: cmp.Or(cfg.VM.Bundles, filepath.Join(cfg.StateDir, "bundles")),
+		Shim:    append(args, cfg.VM.Accelerator), Env: shimEnvironment(os.Environ()), Probe: host.probe,
 		KeyDir: keyDir(os.Getenv("XDG_RUNTIME_DIR"), owner),
 	})
 	if err != nil {

@@ -49,6 +49,7 @@ func (c *Config) validate() error {
 		{path: "podman.socket", at: &c.Podman.Socket},
 		{path: "guestd", at: &c.Guestd},
 		{path: "vm.guest_kit", at: &c.VM.GuestKit},
+		{path: "vm.bundles", at: &c.VM.Bundles},
 		{path: "secrets.age_identities", at: &c.Secrets.AgeIdentities},
 	} {
 		if problem := pathProblem(k.String()); k.String() != "" && problem != "" {
