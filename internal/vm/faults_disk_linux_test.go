@@ -9,12 +9,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/choiros/agent/internal/guest"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/sandbox/drivertest"
 	"github.com/choiros/agent/internal/vm"
@@ -139,7 +140,7 @@ func fullDisk(t *testing.T, _ *vm.Driver, root string) {
 	v.until("it answers", func() bool { _, err := v.guest().Hello(t.Context()); return err == nil })
 
 	fill(t, hog, 4)
-	writing := background(func() error { return v.upload("/big", 24<<20) })
+	writing := background(func() error { return v.writes("/big", 24) })
 	v.until("it says that it is halted", func() bool { return strings.Contains(v.inspect().Detail, "no room") })
 	if o := v.inspect(); o.State != sandbox.StateRunning || o.Paused {
 		t.Errorf("it is %+v", o)
@@ -171,18 +172,26 @@ func fullDisk(t *testing.T, _ *vm.Driver, root string) {
 	v.answers()
 }
 
-// upload writes a file inside.
-func (v *victim) upload(path string, size int) error {
-	u, err := v.guest().Write(v.Context(), path, nil, false)
+// writes has a file of so many MiB written inside. Nothing is on its way to the
+// machine meanwhile.
+func (v *victim) writes(path string, mib int) error {
+	x, err := v.guest().Exec(v.Context(), guest.Command{
+		Args: []string{"/workload", "fill", path, strconv.Itoa(mib)}, NoInput: true,
+	})
 	if err != nil {
 		return err
 	}
-	defer u.Close()
-	for chunk := range slices.Chunk(slices.Repeat([]byte("data"), size/4), 1<<15) {
-		if _, err := u.Write(chunk); err != nil {
+	defer x.Close()
+	for {
+		out, err := x.Receive()
+		if err != nil {
 			return err
 		}
+		if out.Exit != nil && out.Exit.Code != 0 {
+			return fmt.Errorf("it ended with %d", out.Exit.Code)
+		}
+		if out.Exit != nil {
+			return nil
+		}
 	}
-	_, _, err = u.Finish()
-	return err
 }

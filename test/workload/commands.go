@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -140,6 +141,28 @@ func readyAfter(ctx context.Context, s streams, args []string) error {
 func testFile(_ context.Context, _ streams, args []string) error {
 	_, err := os.Stat(args[0])
 	return err
+}
+
+func fill(ctx context.Context, _ streams, args []string) (err error) {
+	n, err := number(args[1])
+	if err != nil {
+		return err
+	}
+	f, err := os.Create(args[0])
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	mebibyte := bytes.Repeat([]byte("fill"), 1<<18)
+	for range n {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if _, err := f.Write(mebibyte); err != nil {
+			return err
+		}
+	}
+	return f.Sync()
 }
 
 func touch(_ context.Context, _ streams, args []string) error {

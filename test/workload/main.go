@@ -110,6 +110,7 @@ func commands() []command {
 		{"connect HOST:PORT", "end with 0 if a TCP connection succeeds, else 1", 1, 1, connect},
 		{"guest-echo DIR PORT", "accept and echo connections to the socket DIR/PORT.sock, or vsock's port PORT if DIR is vsock", 2, 2, guestEcho},
 		{"guest-wedge DIR PORT", "listen there and never accept", 2, 2, guestWedge},
+		{"fill FILE MIB", "write FILE, of so many mebibytes, and flush it to the disk", 2, 2, fill},
 		{"memory MIB", "allocate and touch MIB mebibytes, then sleep", 1, 1, memory},
 		{"spin", "keep every CPU busy", 0, 0, spin},
 		{"fork N", "start N children that sleep, print their pids, then sleep", 1, 1, fork},

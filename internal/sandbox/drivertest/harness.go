@@ -49,9 +49,9 @@ type Harness struct {
 	// makes a test take longer that passes. Zero: a minute.
 	Patience time.Duration
 
-	// Samples has tests that do the same in many cases do it in a few of them:
-	// for a second run, on another way to a driver that takes seconds to start.
-	Samples bool
+	// Samples is in how many cases tests do what they do in many: for a driver
+	// that takes seconds to start. At least 2; zero: in all of them.
+	Samples int
 
 	// Without names what is not there on the way to this driver.
 	Without Without

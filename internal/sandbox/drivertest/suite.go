@@ -51,24 +51,23 @@ func newSuite(t *testing.T, h Harness) *suite {
 	}
 }
 
-// sampled is how many of many like cases are tested with Samples.
-const sampled = 3
-
 // times is how often to do what is to be done n times.
 func (s *suite) times(n int) int {
-	if s.Samples {
-		return min(n, sampled)
+	if s.Samples > 0 {
+		return min(n, s.Samples)
 	}
 	return n
 }
 
-// sample returns the cases to test of all that there are: the first, the one in
-// the middle and the last, if it is not to be all.
+// sample returns the cases to test of all that there are, from the first to the
+// last.
 func sample[T any](s *suite, all []T) []T {
-	if s.times(len(all)) == len(all) {
-		return all
+	n := s.times(len(all))
+	some := make([]T, n)
+	for i := range some {
+		some[i] = all[i*(len(all)-1)/max(1, n-1)]
 	}
-	return []T{all[0], all[len(all)/2], all[len(all)-1]}
+	return some
 }
 
 func (s *suite) open(t *testing.T) sandbox.Driver {

@@ -104,6 +104,9 @@ func (m *machine) prepare(ctx context.Context) error {
 	if m.plan.accelerator, _, err = m.options.accelerator(ctx, m.qemuPath, config.Arch); err != nil {
 		return err
 	}
+	if m.plan.accelerator == TCG {
+		config.Cmdline += emulatedWords(config.Arch)
+	}
 	if m.device, m.plan.cid, err = claimCID(); err == nil {
 		m.plan.vsock, m.transport = vsockKernel, kernelGuest{m.plan.cid}
 		config.Cmdline += cidPortsWord
