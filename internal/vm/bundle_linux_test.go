@@ -261,7 +261,7 @@ func TestBundleRunsItsCommandUnderItsSystem(t *testing.T) {
 	s.killGuestd()
 	began = time.Now()
 	s.stop(2*time.Second, 128+9, "it did not stop within its grace, and was killed")
-	if took := time.Since(began); took < 2*time.Second || took > 12*time.Second {
+	if took := time.Since(began); took < 2*time.Second || took > time.Minute {
 		t.Errorf("killed after %v, with a grace of 2 s", took)
 	}
 }

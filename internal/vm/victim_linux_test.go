@@ -87,7 +87,7 @@ func (v *victim) inspect() sandbox.Observation {
 	if err != nil {
 		v.Fatalf("Inspect: %v", err)
 	}
-	if took := time.Since(begun); took > 5*time.Second {
+	if took := time.Since(begun); took > victimLimit/4 {
 		v.Errorf("Inspect took %s", took)
 	}
 	return o
