@@ -268,7 +268,7 @@ func TestExecKeptGoesOnAndIsAttachedTo(t *testing.T) {
 func TestExecEndedUnattachedIsKept(t *testing.T) {
 	t.Parallel()
 	g := configured(t, sleeper()...)
-	s := g.start(&guestv1.Exec{Command: []string{"sh", "-c", "read x; head -c 100000 /dev/zero | tr '\\0' a; echo end; echo err >&2; exit 9"}})
+	s := g.start(&guestv1.Exec{Command: []string{"sh", "-c", "read x; head -c 60000 /dev/zero | tr '\\0' a; echo end; echo err >&2; exit 9"}})
 	s.say(&guestv1.ExecInput{Input: &guestv1.ExecInput_Detach{Detach: true}})
 	s.Close()
 	g.eventually("it is detached", func() bool { return !g.execs()[0].GetAttached() })
@@ -285,9 +285,10 @@ func TestExecEndedUnattachedIsKept(t *testing.T) {
 	}
 	g.refused(guestv1.Failure_CODE_STATE, signalRequest(s.id, 15))
 	stdout, stderr, exit := g.attach(s.id, false).rest()
-	if len(stdout) > maxBacklog || !strings.HasSuffix(stdout, "aend\n") || stderr != "err\n" || exit.GetCode() != 9 {
+	if len(stdout) != 60004 || !strings.HasSuffix(stdout, "aend\n") || stderr != "err\n" || exit.GetCode() != 9 {
 		t.Errorf("%d bytes, %q, %v", len(stdout), stderr, exit)
 	}
+	g.forgets()
 	g.refused(guestv1.Failure_CODE_NOT_FOUND, &guestv1.Request{Call: &guestv1.Request_Attach{Attach: &guestv1.Attach{Id: s.id}}})
 }
 
@@ -356,6 +357,7 @@ func TestExecIsSignalled(t *testing.T) {
 	if _, _, exit := s.rest(); exit.GetSignal() != 9 {
 		t.Errorf("%v", exit)
 	}
+	g.forgets()
 	g.refused(guestv1.Failure_CODE_NOT_FOUND, signalRequest(s.id, 9))
 	s = g.start(&guestv1.Exec{Command: []string{"cat"}})
 	g.refused(guestv1.Failure_CODE_INVALID, signalRequest(s.id, 65))

@@ -349,6 +349,13 @@ func (g *guest) execs() []*guestv1.ExecInfo {
 	return g.tell(&guestv1.Request{Call: &guestv1.Request_ListExecs{ListExecs: &guestv1.ListExecs{}}}).GetExecs().GetExecs()
 }
 
+// forgets waits until the execs whose ends were told are forgotten, which is a
+// little later.
+func (g *guest) forgets() {
+	g.Helper()
+	g.eventually("the execs are forgotten", func() bool { return len(g.execs()) == 0 })
+}
+
 // alive reports whether a process runs; a zombie does not.
 func alive(pid int) bool {
 	text, err := os.ReadFile(filepath.Join("/proc", itoa(pid), "stat"))
