@@ -116,6 +116,8 @@ func (m *Manager) boot(ctx context.Context, e *entry, from origin) error {
 	if err != nil {
 		return err
 	}
+	seen := m.look(ctx, e.rec.Spec.Mounts) // while the rest is prepared
+	defer seen()
 	obs := sandbox.Observation{State: sandbox.StateCreated}
 	if !e.made {
 		if obs, err = m.inspect(ctx, drv, e); err != nil {
@@ -131,6 +133,7 @@ func (m *Manager) boot(ctx context.Context, e *entry, from origin) error {
 		return m.bootFailed(ctx, drv, e, from, refused(err))
 	}
 	defer set.Wipe()
+	m.noteExposures(e, seen())
 	if obs.Paused { // by somebody else, before it was ready
 		if _, err := m.letGo(ctx, e); err != nil {
 			return m.bootFailed(ctx, drv, e, from, err)

@@ -55,7 +55,9 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (*Sandbox, erro
 		return nil, err
 	}
 	if req.ValidateOnly {
-		return preview(rec), nil
+		s := preview(rec)
+		s.Exposures = m.look(ctx, rec.Spec.Mounts)()
+		return s, nil
 	}
 	if req.Start {
 		// Refused now rather than once half of it is done.
@@ -318,6 +320,9 @@ func (m *Manager) create(ctx context.Context, e *entry, rec store.Record) error 
 		return err
 	}
 	e.rec = rec
+	if rec.Desired != store.DesiredRunning { // else the boot looks
+		m.noteExposures(e, m.look(ctx, rec.Spec.Mounts)())
+	}
 	m.step("create:intent")
 	if err := m.put(e, nil, enter(PhaseCreating, "", "")); err != nil {
 		m.forward.ReleaseAll(e.name)

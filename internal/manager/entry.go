@@ -32,11 +32,12 @@ type entry struct {
 	admitted atomic.Bool
 
 	// Guarded by op.
-	rec     store.Record
-	gone    bool   // removed from the map for good
-	made    bool   // this process made its artefacts and has not started them
-	retries uint32 // restarts in a row by policy
-	trouble uint32 // failures in a row to reach the intent
+	rec       store.Record
+	gone      bool       // removed from the map for good
+	made      bool       // this process made its artefacts and has not started them
+	retries   uint32     // restarts in a row by policy
+	trouble   uint32     // failures in a row to reach the intent
+	exposures []Exposure // as seen last
 	// stopGuard ends the watch over the present life; nil: there is none.
 	stopGuard context.CancelFunc
 
@@ -123,6 +124,7 @@ func (m *Manager) publish(e *entry, see func(*Sandbox)) {
 		for _, l := range rec.Leases {
 			s.Endpoints = append(s.Endpoints, endpointOf(l))
 		}
+		s.Exposures = e.exposures
 		s.CreatedAt, s.UpdatedAt, s.created = rec.CreatedAt, rec.UpdatedAt, rec.Created
 		if see != nil {
 			see(s)

@@ -22,6 +22,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/choiros/agent/internal/exposure"
 	"github.com/choiros/agent/internal/forward"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/secrets"
@@ -85,6 +86,7 @@ type Manager struct {
 	slots      *slots
 	forward    *forward.Forwarder
 	probes     probeCache
+	looker     *exposure.Looker
 	requests   requests
 
 	mu       sync.RWMutex
@@ -116,6 +118,7 @@ func Open(cfg Config) (*Manager, error) {
 		feed: newFeed(), hostBoot: bootID, startedAt: time.Now(),
 		reconciled: make(chan struct{}),
 		slots:      newSlots(cfg.MaxConcurrentBoots),
+		looker:     exposure.New(),
 		requests:   requests{calls: map[string]*call{}},
 		entries:    make(map[string]*entry, len(records)),
 		draining:   host.Draining,

@@ -175,6 +175,7 @@ func (m *Manager) adopt(ctx context.Context, drv sandbox.Driver, e *entry, obs s
 		s.ReadyAt, s.Exit = obs.StartedAt, nil
 	})
 	m.log.Info("adopted", "sandbox", e.name, "generation", e.rec.Generation, "paused", obs.Paused)
+	m.lookAgain(e)
 	switch {
 	case e.rec.Paused == obs.Paused:
 		m.guard(drv, e)

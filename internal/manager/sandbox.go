@@ -67,6 +67,9 @@ type Sandbox struct {
 	// Detected are the ports on which something listens inside and that are not
 	// forwarded.
 	Detected []Detected
+	// Exposures are what its mounted folders show that looks like secrets, as of
+	// when it was made or booted last, or adopted.
+	Exposures []Exposure
 	// Resources are those in force, after the machine class.
 	Resources sandbox.Resources
 

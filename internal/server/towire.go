@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	agentv1 "github.com/choiros/agent/api/choiros/agent/v1"
+	"github.com/choiros/agent/internal/exposure"
 	"github.com/choiros/agent/internal/manager"
 	"github.com/choiros/agent/internal/sandbox"
 )
@@ -46,6 +47,7 @@ func statusToWire(sb *manager.Sandbox) *agentv1.SandboxStatus {
 		Resources:        resourcesToWire(sb.Resources),
 		DetectedPorts:    detectedToWire(sb.Detected),
 		GuestdVersion:    sb.GuestdVersion,
+		Exposures:        exposuresToWire(sb.Exposures),
 	}
 	for _, e := range sb.Endpoints {
 		status.Endpoints = append(status.Endpoints, endpointToWire(e, sb.Generation))
@@ -85,6 +87,33 @@ func detectedToWire(ports []manager.Detected) []*agentv1.DetectedPort {
 		})
 	}
 	return w
+}
+
+func exposuresToWire(exposures []manager.Exposure) []*agentv1.Exposure {
+	var w []*agentv1.Exposure
+	for _, x := range exposures {
+		shown := &agentv1.Exposure{
+			Source: x.Source, Target: x.Target, TotalCount: uint32(min(x.Total, math.MaxInt32)), Incomplete: x.Incomplete,
+		}
+		for _, f := range x.Findings {
+			shown.Files = append(shown.Files, &agentv1.ExposedFile{Path: f.Path, Kind: exposedKindToWire(f.Kind)})
+		}
+		w = append(w, shown)
+	}
+	return w
+}
+
+func exposedKindToWire(kind exposure.Kind) agentv1.ExposedFile_Kind {
+	switch kind {
+	case exposure.Environment:
+		return agentv1.ExposedFile_KIND_ENVIRONMENT
+	case exposure.Key:
+		return agentv1.ExposedFile_KIND_KEY
+	case exposure.Credentials:
+		return agentv1.ExposedFile_KIND_CREDENTIALS
+	default:
+		return agentv1.ExposedFile_KIND_UNSPECIFIED
+	}
 }
 
 func desiredToWire(d manager.Desired) agentv1.DesiredState {

@@ -219,6 +219,62 @@ func (Protocol) EnumDescriptor() ([]byte, []int) {
 	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{2}
 }
 
+// What it was taken for.
+type ExposedFile_Kind int32
+
+const (
+	ExposedFile_KIND_UNSPECIFIED ExposedFile_Kind = 0
+	// Variables of an environment: .env.
+	ExposedFile_KIND_ENVIRONMENT ExposedFile_Kind = 1
+	// A private key, or a file in which one is usually kept: *.pem.
+	ExposedFile_KIND_KEY ExposedFile_Kind = 2
+	// What a program logs in to a service with: .netrc, .aws/credentials.
+	ExposedFile_KIND_CREDENTIALS ExposedFile_Kind = 3
+)
+
+// Enum value maps for ExposedFile_Kind.
+var (
+	ExposedFile_Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_ENVIRONMENT",
+		2: "KIND_KEY",
+		3: "KIND_CREDENTIALS",
+	}
+	ExposedFile_Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED": 0,
+		"KIND_ENVIRONMENT": 1,
+		"KIND_KEY":         2,
+		"KIND_CREDENTIALS": 3,
+	}
+)
+
+func (x ExposedFile_Kind) Enum() *ExposedFile_Kind {
+	p := new(ExposedFile_Kind)
+	*p = x
+	return p
+}
+
+func (x ExposedFile_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ExposedFile_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[3].Descriptor()
+}
+
+func (ExposedFile_Kind) Type() protoreflect.EnumType {
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[3]
+}
+
+func (x ExposedFile_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ExposedFile_Kind.Descriptor instead.
+func (ExposedFile_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{3, 0}
+}
+
 // What may be connected to.
 type Egress_Mode int32
 
@@ -260,11 +316,11 @@ func (x Egress_Mode) String() string {
 }
 
 func (Egress_Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[3].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[4].Descriptor()
 }
 
 func (Egress_Mode) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[3]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[4]
 }
 
 func (x Egress_Mode) Number() protoreflect.EnumNumber {
@@ -273,7 +329,7 @@ func (x Egress_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Egress_Mode.Descriptor instead.
 func (Egress_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{8, 0}
 }
 
 // What carries the connections.
@@ -315,11 +371,11 @@ func (x EgressRule_Protocol) String() string {
 }
 
 func (EgressRule_Protocol) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[4].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[5].Descriptor()
 }
 
 func (EgressRule_Protocol) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[4]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[5]
 }
 
 func (x EgressRule_Protocol) Number() protoreflect.EnumNumber {
@@ -328,7 +384,7 @@ func (x EgressRule_Protocol) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use EgressRule_Protocol.Descriptor instead.
 func (EgressRule_Protocol) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{7, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{9, 0}
 }
 
 // What to do.
@@ -372,11 +428,11 @@ func (x AutoForward_Mode) String() string {
 }
 
 func (AutoForward_Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[5].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[6].Descriptor()
 }
 
 func (AutoForward_Mode) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[5]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[6]
 }
 
 func (x AutoForward_Mode) Number() protoreflect.EnumNumber {
@@ -385,7 +441,7 @@ func (x AutoForward_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AutoForward_Mode.Descriptor instead.
 func (AutoForward_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{9, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{11, 0}
 }
 
 // What a mount is for.
@@ -431,11 +487,11 @@ func (x Mount_Kind) String() string {
 }
 
 func (Mount_Kind) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[6].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[7].Descriptor()
 }
 
 func (Mount_Kind) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[6]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[7]
 }
 
 func (x Mount_Kind) Number() protoreflect.EnumNumber {
@@ -444,7 +500,7 @@ func (x Mount_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Mount_Kind.Descriptor instead.
 func (Mount_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{11, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{13, 0}
 }
 
 // What to do with an idle sandbox.
@@ -484,11 +540,11 @@ func (x IdlePolicy_Action) String() string {
 }
 
 func (IdlePolicy_Action) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[7].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[8].Descriptor()
 }
 
 func (IdlePolicy_Action) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[7]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[8]
 }
 
 func (x IdlePolicy_Action) Number() protoreflect.EnumNumber {
@@ -497,7 +553,7 @@ func (x IdlePolicy_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use IdlePolicy_Action.Descriptor instead.
 func (IdlePolicy_Action) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{18, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{20, 0}
 }
 
 // When to restart.
@@ -539,11 +595,11 @@ func (x RestartPolicy_Mode) String() string {
 }
 
 func (RestartPolicy_Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_choiros_agent_v1_sandbox_proto_enumTypes[8].Descriptor()
+	return file_choiros_agent_v1_sandbox_proto_enumTypes[9].Descriptor()
 }
 
 func (RestartPolicy_Mode) Type() protoreflect.EnumType {
-	return &file_choiros_agent_v1_sandbox_proto_enumTypes[8]
+	return &file_choiros_agent_v1_sandbox_proto_enumTypes[9]
 }
 
 func (x RestartPolicy_Mode) Number() protoreflect.EnumNumber {
@@ -552,7 +608,7 @@ func (x RestartPolicy_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RestartPolicy_Mode.Descriptor instead.
 func (RestartPolicy_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{19, 0}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{21, 0}
 }
 
 // Sandbox is one isolated workload of this host.
@@ -708,6 +764,11 @@ type SandboxStatus struct {
 	DetectedPorts []*DetectedPort `protobuf:"bytes,13,rep,name=detected_ports,json=detectedPorts,proto3" json:"detected_ports,omitempty"`
 	// The version of the guestd inside, of the present life.
 	GuestdVersion string `protobuf:"bytes,14,opt,name=guestd_version,json=guestdVersion,proto3" json:"guestd_version,omitempty"`
+	// What was seen in its mounted folders that looks like secrets: a warning, by
+	// which nothing is refused. It is as of when it was made or booted last, or
+	// adopted by an agent that was restarted. One for each mount that has any, or
+	// that was not looked through to its end.
+	Exposures     []*Exposure `protobuf:"bytes,15,rep,name=exposures,proto3" json:"exposures,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -840,6 +901,152 @@ func (x *SandboxStatus) GetGuestdVersion() string {
 	return ""
 }
 
+func (x *SandboxStatus) GetExposures() []*Exposure {
+	if x != nil {
+		return x.Exposures
+	}
+	return nil
+}
+
+// Exposure is what was seen in a mounted folder that looks like secrets: the
+// sandbox can read it, whatever its spec says of secrets. The look is a short
+// one, by names and a few first bytes, and finds nothing in folders of version
+// control and of dependencies: that there is no Exposure is no promise.
+type Exposure struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The Mount's.
+	Source string `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Target string `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	// At most 16, those in upper folders first.
+	Files []*ExposedFile `protobuf:"bytes,3,rep,name=files,proto3" json:"files,omitempty"`
+	// How many in all, those that are not listed included.
+	TotalCount uint32 `protobuf:"varint,4,opt,name=total_count,json=totalCount,proto3" json:"total_count,omitempty"`
+	// The folder was too large or too slow to be looked through to its end.
+	Incomplete    bool `protobuf:"varint,5,opt,name=incomplete,proto3" json:"incomplete,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Exposure) Reset() {
+	*x = Exposure{}
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Exposure) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Exposure) ProtoMessage() {}
+
+func (x *Exposure) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Exposure.ProtoReflect.Descriptor instead.
+func (*Exposure) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Exposure) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Exposure) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *Exposure) GetFiles() []*ExposedFile {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *Exposure) GetTotalCount() uint32 {
+	if x != nil {
+		return x.TotalCount
+	}
+	return 0
+}
+
+func (x *Exposure) GetIncomplete() bool {
+	if x != nil {
+		return x.Incomplete
+	}
+	return false
+}
+
+// ExposedFile is one file. Nothing of what it holds is told.
+type ExposedFile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Below the mount's source. What cannot be printed is U+FFFD in it, and of one
+	// with more than 200 characters the end is given, after "…".
+	Path          string           `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Kind          ExposedFile_Kind `protobuf:"varint,2,opt,name=kind,proto3,enum=choiros.agent.v1.ExposedFile_Kind" json:"kind,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExposedFile) Reset() {
+	*x = ExposedFile{}
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExposedFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExposedFile) ProtoMessage() {}
+
+func (x *ExposedFile) ProtoReflect() protoreflect.Message {
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExposedFile.ProtoReflect.Descriptor instead.
+func (*ExposedFile) Descriptor() ([]byte, []int) {
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *ExposedFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ExposedFile) GetKind() ExposedFile_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return ExposedFile_KIND_UNSPECIFIED
+}
+
 // DetectedPort is a port inside on which something listens.
 type DetectedPort struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -856,7 +1063,7 @@ type DetectedPort struct {
 
 func (x *DetectedPort) Reset() {
 	*x = DetectedPort{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[2]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -868,7 +1075,7 @@ func (x *DetectedPort) String() string {
 func (*DetectedPort) ProtoMessage() {}
 
 func (x *DetectedPort) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[2]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -881,7 +1088,7 @@ func (x *DetectedPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetectedPort.ProtoReflect.Descriptor instead.
 func (*DetectedPort) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{2}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *DetectedPort) GetGuestPort() uint32 {
@@ -928,7 +1135,7 @@ type Exit struct {
 
 func (x *Exit) Reset() {
 	*x = Exit{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[3]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -940,7 +1147,7 @@ func (x *Exit) String() string {
 func (*Exit) ProtoMessage() {}
 
 func (x *Exit) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[3]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -953,7 +1160,7 @@ func (x *Exit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exit.ProtoReflect.Descriptor instead.
 func (*Exit) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{3}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Exit) GetCode() int32 {
@@ -1001,7 +1208,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[4]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1013,7 +1220,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[4]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1026,7 +1233,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{4}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Endpoint) GetName() string {
@@ -1115,7 +1322,7 @@ type SandboxSpec struct {
 
 func (x *SandboxSpec) Reset() {
 	*x = SandboxSpec{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[5]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1127,7 +1334,7 @@ func (x *SandboxSpec) String() string {
 func (*SandboxSpec) ProtoMessage() {}
 
 func (x *SandboxSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[5]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1140,7 +1347,7 @@ func (x *SandboxSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxSpec.ProtoReflect.Descriptor instead.
 func (*SandboxSpec) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{5}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SandboxSpec) GetDriver() string {
@@ -1336,7 +1543,7 @@ type Egress struct {
 
 func (x *Egress) Reset() {
 	*x = Egress{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1348,7 +1555,7 @@ func (x *Egress) String() string {
 func (*Egress) ProtoMessage() {}
 
 func (x *Egress) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[6]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1361,7 +1568,7 @@ func (x *Egress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Egress.ProtoReflect.Descriptor instead.
 func (*Egress) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{6}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Egress) GetMode() Egress_Mode {
@@ -1404,7 +1611,7 @@ type EgressRule struct {
 
 func (x *EgressRule) Reset() {
 	*x = EgressRule{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1416,7 +1623,7 @@ func (x *EgressRule) String() string {
 func (*EgressRule) ProtoMessage() {}
 
 func (x *EgressRule) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[7]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1429,7 +1636,7 @@ func (x *EgressRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EgressRule.ProtoReflect.Descriptor instead.
 func (*EgressRule) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{7}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *EgressRule) GetName() string {
@@ -1473,7 +1680,7 @@ type PortRange struct {
 
 func (x *PortRange) Reset() {
 	*x = PortRange{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1485,7 +1692,7 @@ func (x *PortRange) String() string {
 func (*PortRange) ProtoMessage() {}
 
 func (x *PortRange) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[8]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1498,7 +1705,7 @@ func (x *PortRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PortRange.ProtoReflect.Descriptor instead.
 func (*PortRange) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{8}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PortRange) GetFrom() uint32 {
@@ -1529,7 +1736,7 @@ type AutoForward struct {
 
 func (x *AutoForward) Reset() {
 	*x = AutoForward{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1541,7 +1748,7 @@ func (x *AutoForward) String() string {
 func (*AutoForward) ProtoMessage() {}
 
 func (x *AutoForward) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[9]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1554,7 +1761,7 @@ func (x *AutoForward) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AutoForward.ProtoReflect.Descriptor instead.
 func (*AutoForward) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{9}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *AutoForward) GetMode() AutoForward_Mode {
@@ -1587,7 +1794,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1599,7 +1806,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[10]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1612,7 +1819,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{10}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Resources) GetCpuMillis() uint32 {
@@ -1636,7 +1843,9 @@ func (x *Resources) GetPids() uint32 {
 	return 0
 }
 
-// Mount shows a folder, or a disk image, of the host inside the sandbox.
+// Mount shows a folder, or a disk image, of the host inside the sandbox. A
+// folder is shown whole, with whatever comes into it later: there is no way to
+// leave files out.
 type Mount struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Kind  Mount_Kind             `protobuf:"varint,1,opt,name=kind,proto3,enum=choiros.agent.v1.Mount_Kind" json:"kind,omitempty"`
@@ -1658,7 +1867,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1670,7 +1879,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[11]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1683,7 +1892,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{11}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Mount) GetKind() Mount_Kind {
@@ -1740,7 +1949,7 @@ type Port struct {
 
 func (x *Port) Reset() {
 	*x = Port{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1752,7 +1961,7 @@ func (x *Port) String() string {
 func (*Port) ProtoMessage() {}
 
 func (x *Port) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[12]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1765,7 +1974,7 @@ func (x *Port) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Port.ProtoReflect.Descriptor instead.
 func (*Port) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{12}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Port) GetName() string {
@@ -1823,7 +2032,7 @@ type SecretRef struct {
 
 func (x *SecretRef) Reset() {
 	*x = SecretRef{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1835,7 +2044,7 @@ func (x *SecretRef) String() string {
 func (*SecretRef) ProtoMessage() {}
 
 func (x *SecretRef) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[13]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1848,7 +2057,7 @@ func (x *SecretRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretRef.ProtoReflect.Descriptor instead.
 func (*SecretRef) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{13}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SecretRef) GetName() string {
@@ -1902,7 +2111,7 @@ type Readiness struct {
 
 func (x *Readiness) Reset() {
 	*x = Readiness{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1914,7 +2123,7 @@ func (x *Readiness) String() string {
 func (*Readiness) ProtoMessage() {}
 
 func (x *Readiness) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[14]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1927,7 +2136,7 @@ func (x *Readiness) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Readiness.ProtoReflect.Descriptor instead.
 func (*Readiness) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{14}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Readiness) GetProbe() isReadiness_Probe {
@@ -2012,7 +2221,7 @@ type HttpProbe struct {
 
 func (x *HttpProbe) Reset() {
 	*x = HttpProbe{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2024,7 +2233,7 @@ func (x *HttpProbe) String() string {
 func (*HttpProbe) ProtoMessage() {}
 
 func (x *HttpProbe) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[15]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2037,7 +2246,7 @@ func (x *HttpProbe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HttpProbe.ProtoReflect.Descriptor instead.
 func (*HttpProbe) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{15}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *HttpProbe) GetPort() uint32 {
@@ -2064,7 +2273,7 @@ type TcpProbe struct {
 
 func (x *TcpProbe) Reset() {
 	*x = TcpProbe{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2076,7 +2285,7 @@ func (x *TcpProbe) String() string {
 func (*TcpProbe) ProtoMessage() {}
 
 func (x *TcpProbe) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[16]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2089,7 +2298,7 @@ func (x *TcpProbe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TcpProbe.ProtoReflect.Descriptor instead.
 func (*TcpProbe) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{16}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TcpProbe) GetPort() uint32 {
@@ -2109,7 +2318,7 @@ type ExecProbe struct {
 
 func (x *ExecProbe) Reset() {
 	*x = ExecProbe{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[17]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2121,7 +2330,7 @@ func (x *ExecProbe) String() string {
 func (*ExecProbe) ProtoMessage() {}
 
 func (x *ExecProbe) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[17]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2134,7 +2343,7 @@ func (x *ExecProbe) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecProbe.ProtoReflect.Descriptor instead.
 func (*ExecProbe) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{17}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExecProbe) GetCommand() []string {
@@ -2156,7 +2365,7 @@ type IdlePolicy struct {
 
 func (x *IdlePolicy) Reset() {
 	*x = IdlePolicy{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[18]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2168,7 +2377,7 @@ func (x *IdlePolicy) String() string {
 func (*IdlePolicy) ProtoMessage() {}
 
 func (x *IdlePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[18]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2181,7 +2390,7 @@ func (x *IdlePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdlePolicy.ProtoReflect.Descriptor instead.
 func (*IdlePolicy) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{18}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *IdlePolicy) GetTimeout() *durationpb.Duration {
@@ -2215,7 +2424,7 @@ type RestartPolicy struct {
 
 func (x *RestartPolicy) Reset() {
 	*x = RestartPolicy{}
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[19]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2227,7 +2436,7 @@ func (x *RestartPolicy) String() string {
 func (*RestartPolicy) ProtoMessage() {}
 
 func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[19]
+	mi := &file_choiros_agent_v1_sandbox_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2240,7 +2449,7 @@ func (x *RestartPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartPolicy.ProtoReflect.Descriptor instead.
 func (*RestartPolicy) Descriptor() ([]byte, []int) {
-	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{19}
+	return file_choiros_agent_v1_sandbox_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RestartPolicy) GetMode() RestartPolicy_Mode {
@@ -2290,7 +2499,7 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"updateTime\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xcc\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\x06\n" +
 	"\rSandboxStatus\x12-\n" +
 	"\x05phase\x18\x01 \x01(\x0e2\x17.choiros.agent.v1.PhaseR\x05phase\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
@@ -2310,7 +2519,25 @@ const file_choiros_agent_v1_sandbox_proto_rawDesc = "" +
 	"\tendpoints\x18\v \x03(\v2\x1a.choiros.agent.v1.EndpointR\tendpoints\x129\n" +
 	"\tresources\x18\f \x01(\v2\x1b.choiros.agent.v1.ResourcesR\tresources\x12E\n" +
 	"\x0edetected_ports\x18\r \x03(\v2\x1e.choiros.agent.v1.DetectedPortR\rdetectedPorts\x12%\n" +
-	"\x0eguestd_version\x18\x0e \x01(\tR\rguestdVersion\"\x99\x01\n" +
+	"\x0eguestd_version\x18\x0e \x01(\tR\rguestdVersion\x128\n" +
+	"\texposures\x18\x0f \x03(\v2\x1a.choiros.agent.v1.ExposureR\texposures\"\xb0\x01\n" +
+	"\bExposure\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x123\n" +
+	"\x05files\x18\x03 \x03(\v2\x1d.choiros.agent.v1.ExposedFileR\x05files\x12\x1f\n" +
+	"\vtotal_count\x18\x04 \x01(\rR\n" +
+	"totalCount\x12\x1e\n" +
+	"\n" +
+	"incomplete\x18\x05 \x01(\bR\n" +
+	"incomplete\"\xb1\x01\n" +
+	"\vExposedFile\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x126\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\".choiros.agent.v1.ExposedFile.KindR\x04kind\"V\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10KIND_ENVIRONMENT\x10\x01\x12\f\n" +
+	"\bKIND_KEY\x10\x02\x12\x14\n" +
+	"\x10KIND_CREDENTIALS\x10\x03\"\x99\x01\n" +
 	"\fDetectedPort\x12\x1d\n" +
 	"\n" +
 	"guest_port\x18\x01 \x01(\rR\tguestPort\x126\n" +
@@ -2496,98 +2723,104 @@ func file_choiros_agent_v1_sandbox_proto_rawDescGZIP() []byte {
 	return file_choiros_agent_v1_sandbox_proto_rawDescData
 }
 
-var file_choiros_agent_v1_sandbox_proto_enumTypes = make([]protoimpl.EnumInfo, 9)
-var file_choiros_agent_v1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_choiros_agent_v1_sandbox_proto_enumTypes = make([]protoimpl.EnumInfo, 10)
+var file_choiros_agent_v1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_choiros_agent_v1_sandbox_proto_goTypes = []any{
 	(DesiredState)(0),             // 0: choiros.agent.v1.DesiredState
 	(Phase)(0),                    // 1: choiros.agent.v1.Phase
 	(Protocol)(0),                 // 2: choiros.agent.v1.Protocol
-	(Egress_Mode)(0),              // 3: choiros.agent.v1.Egress.Mode
-	(EgressRule_Protocol)(0),      // 4: choiros.agent.v1.EgressRule.Protocol
-	(AutoForward_Mode)(0),         // 5: choiros.agent.v1.AutoForward.Mode
-	(Mount_Kind)(0),               // 6: choiros.agent.v1.Mount.Kind
-	(IdlePolicy_Action)(0),        // 7: choiros.agent.v1.IdlePolicy.Action
-	(RestartPolicy_Mode)(0),       // 8: choiros.agent.v1.RestartPolicy.Mode
-	(*Sandbox)(nil),               // 9: choiros.agent.v1.Sandbox
-	(*SandboxStatus)(nil),         // 10: choiros.agent.v1.SandboxStatus
-	(*DetectedPort)(nil),          // 11: choiros.agent.v1.DetectedPort
-	(*Exit)(nil),                  // 12: choiros.agent.v1.Exit
-	(*Endpoint)(nil),              // 13: choiros.agent.v1.Endpoint
-	(*SandboxSpec)(nil),           // 14: choiros.agent.v1.SandboxSpec
-	(*Egress)(nil),                // 15: choiros.agent.v1.Egress
-	(*EgressRule)(nil),            // 16: choiros.agent.v1.EgressRule
-	(*PortRange)(nil),             // 17: choiros.agent.v1.PortRange
-	(*AutoForward)(nil),           // 18: choiros.agent.v1.AutoForward
-	(*Resources)(nil),             // 19: choiros.agent.v1.Resources
-	(*Mount)(nil),                 // 20: choiros.agent.v1.Mount
-	(*Port)(nil),                  // 21: choiros.agent.v1.Port
-	(*SecretRef)(nil),             // 22: choiros.agent.v1.SecretRef
-	(*Readiness)(nil),             // 23: choiros.agent.v1.Readiness
-	(*HttpProbe)(nil),             // 24: choiros.agent.v1.HttpProbe
-	(*TcpProbe)(nil),              // 25: choiros.agent.v1.TcpProbe
-	(*ExecProbe)(nil),             // 26: choiros.agent.v1.ExecProbe
-	(*IdlePolicy)(nil),            // 27: choiros.agent.v1.IdlePolicy
-	(*RestartPolicy)(nil),         // 28: choiros.agent.v1.RestartPolicy
-	nil,                           // 29: choiros.agent.v1.Sandbox.LabelsEntry
-	nil,                           // 30: choiros.agent.v1.SandboxSpec.EnvEntry
-	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),       // 32: google.protobuf.Struct
-	(*SecretRotation)(nil),        // 33: choiros.agent.v1.SecretRotation
-	(*durationpb.Duration)(nil),   // 34: google.protobuf.Duration
+	(ExposedFile_Kind)(0),         // 3: choiros.agent.v1.ExposedFile.Kind
+	(Egress_Mode)(0),              // 4: choiros.agent.v1.Egress.Mode
+	(EgressRule_Protocol)(0),      // 5: choiros.agent.v1.EgressRule.Protocol
+	(AutoForward_Mode)(0),         // 6: choiros.agent.v1.AutoForward.Mode
+	(Mount_Kind)(0),               // 7: choiros.agent.v1.Mount.Kind
+	(IdlePolicy_Action)(0),        // 8: choiros.agent.v1.IdlePolicy.Action
+	(RestartPolicy_Mode)(0),       // 9: choiros.agent.v1.RestartPolicy.Mode
+	(*Sandbox)(nil),               // 10: choiros.agent.v1.Sandbox
+	(*SandboxStatus)(nil),         // 11: choiros.agent.v1.SandboxStatus
+	(*Exposure)(nil),              // 12: choiros.agent.v1.Exposure
+	(*ExposedFile)(nil),           // 13: choiros.agent.v1.ExposedFile
+	(*DetectedPort)(nil),          // 14: choiros.agent.v1.DetectedPort
+	(*Exit)(nil),                  // 15: choiros.agent.v1.Exit
+	(*Endpoint)(nil),              // 16: choiros.agent.v1.Endpoint
+	(*SandboxSpec)(nil),           // 17: choiros.agent.v1.SandboxSpec
+	(*Egress)(nil),                // 18: choiros.agent.v1.Egress
+	(*EgressRule)(nil),            // 19: choiros.agent.v1.EgressRule
+	(*PortRange)(nil),             // 20: choiros.agent.v1.PortRange
+	(*AutoForward)(nil),           // 21: choiros.agent.v1.AutoForward
+	(*Resources)(nil),             // 22: choiros.agent.v1.Resources
+	(*Mount)(nil),                 // 23: choiros.agent.v1.Mount
+	(*Port)(nil),                  // 24: choiros.agent.v1.Port
+	(*SecretRef)(nil),             // 25: choiros.agent.v1.SecretRef
+	(*Readiness)(nil),             // 26: choiros.agent.v1.Readiness
+	(*HttpProbe)(nil),             // 27: choiros.agent.v1.HttpProbe
+	(*TcpProbe)(nil),              // 28: choiros.agent.v1.TcpProbe
+	(*ExecProbe)(nil),             // 29: choiros.agent.v1.ExecProbe
+	(*IdlePolicy)(nil),            // 30: choiros.agent.v1.IdlePolicy
+	(*RestartPolicy)(nil),         // 31: choiros.agent.v1.RestartPolicy
+	nil,                           // 32: choiros.agent.v1.Sandbox.LabelsEntry
+	nil,                           // 33: choiros.agent.v1.SandboxSpec.EnvEntry
+	(*timestamppb.Timestamp)(nil), // 34: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),       // 35: google.protobuf.Struct
+	(*SecretRotation)(nil),        // 36: choiros.agent.v1.SecretRotation
+	(*durationpb.Duration)(nil),   // 37: google.protobuf.Duration
 }
 var file_choiros_agent_v1_sandbox_proto_depIdxs = []int32{
-	14, // 0: choiros.agent.v1.Sandbox.spec:type_name -> choiros.agent.v1.SandboxSpec
-	29, // 1: choiros.agent.v1.Sandbox.labels:type_name -> choiros.agent.v1.Sandbox.LabelsEntry
+	17, // 0: choiros.agent.v1.Sandbox.spec:type_name -> choiros.agent.v1.SandboxSpec
+	32, // 1: choiros.agent.v1.Sandbox.labels:type_name -> choiros.agent.v1.Sandbox.LabelsEntry
 	0,  // 2: choiros.agent.v1.Sandbox.desired_state:type_name -> choiros.agent.v1.DesiredState
-	10, // 3: choiros.agent.v1.Sandbox.status:type_name -> choiros.agent.v1.SandboxStatus
-	31, // 4: choiros.agent.v1.Sandbox.create_time:type_name -> google.protobuf.Timestamp
-	31, // 5: choiros.agent.v1.Sandbox.update_time:type_name -> google.protobuf.Timestamp
+	11, // 3: choiros.agent.v1.Sandbox.status:type_name -> choiros.agent.v1.SandboxStatus
+	34, // 4: choiros.agent.v1.Sandbox.create_time:type_name -> google.protobuf.Timestamp
+	34, // 5: choiros.agent.v1.Sandbox.update_time:type_name -> google.protobuf.Timestamp
 	1,  // 6: choiros.agent.v1.SandboxStatus.phase:type_name -> choiros.agent.v1.Phase
-	31, // 7: choiros.agent.v1.SandboxStatus.start_time:type_name -> google.protobuf.Timestamp
-	31, // 8: choiros.agent.v1.SandboxStatus.ready_time:type_name -> google.protobuf.Timestamp
-	31, // 9: choiros.agent.v1.SandboxStatus.last_activity_time:type_name -> google.protobuf.Timestamp
-	12, // 10: choiros.agent.v1.SandboxStatus.exit:type_name -> choiros.agent.v1.Exit
-	31, // 11: choiros.agent.v1.SandboxStatus.next_restart_time:type_name -> google.protobuf.Timestamp
-	13, // 12: choiros.agent.v1.SandboxStatus.endpoints:type_name -> choiros.agent.v1.Endpoint
-	19, // 13: choiros.agent.v1.SandboxStatus.resources:type_name -> choiros.agent.v1.Resources
-	11, // 14: choiros.agent.v1.SandboxStatus.detected_ports:type_name -> choiros.agent.v1.DetectedPort
-	2,  // 15: choiros.agent.v1.DetectedPort.protocol:type_name -> choiros.agent.v1.Protocol
-	31, // 16: choiros.agent.v1.Exit.time:type_name -> google.protobuf.Timestamp
-	2,  // 17: choiros.agent.v1.Endpoint.protocol:type_name -> choiros.agent.v1.Protocol
-	30, // 18: choiros.agent.v1.SandboxSpec.env:type_name -> choiros.agent.v1.SandboxSpec.EnvEntry
-	19, // 19: choiros.agent.v1.SandboxSpec.resources:type_name -> choiros.agent.v1.Resources
-	20, // 20: choiros.agent.v1.SandboxSpec.mounts:type_name -> choiros.agent.v1.Mount
-	21, // 21: choiros.agent.v1.SandboxSpec.ports:type_name -> choiros.agent.v1.Port
-	22, // 22: choiros.agent.v1.SandboxSpec.secrets:type_name -> choiros.agent.v1.SecretRef
-	23, // 23: choiros.agent.v1.SandboxSpec.readiness:type_name -> choiros.agent.v1.Readiness
-	27, // 24: choiros.agent.v1.SandboxSpec.idle:type_name -> choiros.agent.v1.IdlePolicy
-	28, // 25: choiros.agent.v1.SandboxSpec.restart:type_name -> choiros.agent.v1.RestartPolicy
-	32, // 26: choiros.agent.v1.SandboxSpec.driver_options:type_name -> google.protobuf.Struct
-	33, // 27: choiros.agent.v1.SandboxSpec.secret_rotation:type_name -> choiros.agent.v1.SecretRotation
-	18, // 28: choiros.agent.v1.SandboxSpec.auto_forward:type_name -> choiros.agent.v1.AutoForward
-	15, // 29: choiros.agent.v1.SandboxSpec.egress:type_name -> choiros.agent.v1.Egress
-	3,  // 30: choiros.agent.v1.Egress.mode:type_name -> choiros.agent.v1.Egress.Mode
-	16, // 31: choiros.agent.v1.Egress.rules:type_name -> choiros.agent.v1.EgressRule
-	17, // 32: choiros.agent.v1.EgressRule.ports:type_name -> choiros.agent.v1.PortRange
-	4,  // 33: choiros.agent.v1.EgressRule.protocol:type_name -> choiros.agent.v1.EgressRule.Protocol
-	5,  // 34: choiros.agent.v1.AutoForward.mode:type_name -> choiros.agent.v1.AutoForward.Mode
-	6,  // 35: choiros.agent.v1.Mount.kind:type_name -> choiros.agent.v1.Mount.Kind
-	2,  // 36: choiros.agent.v1.Port.protocol:type_name -> choiros.agent.v1.Protocol
-	24, // 37: choiros.agent.v1.Readiness.http:type_name -> choiros.agent.v1.HttpProbe
-	25, // 38: choiros.agent.v1.Readiness.tcp:type_name -> choiros.agent.v1.TcpProbe
-	26, // 39: choiros.agent.v1.Readiness.exec:type_name -> choiros.agent.v1.ExecProbe
-	34, // 40: choiros.agent.v1.Readiness.timeout:type_name -> google.protobuf.Duration
-	34, // 41: choiros.agent.v1.Readiness.interval:type_name -> google.protobuf.Duration
-	34, // 42: choiros.agent.v1.IdlePolicy.timeout:type_name -> google.protobuf.Duration
-	7,  // 43: choiros.agent.v1.IdlePolicy.action:type_name -> choiros.agent.v1.IdlePolicy.Action
-	8,  // 44: choiros.agent.v1.RestartPolicy.mode:type_name -> choiros.agent.v1.RestartPolicy.Mode
-	34, // 45: choiros.agent.v1.RestartPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	34, // 46: choiros.agent.v1.RestartPolicy.max_backoff:type_name -> google.protobuf.Duration
-	47, // [47:47] is the sub-list for method output_type
-	47, // [47:47] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	34, // 7: choiros.agent.v1.SandboxStatus.start_time:type_name -> google.protobuf.Timestamp
+	34, // 8: choiros.agent.v1.SandboxStatus.ready_time:type_name -> google.protobuf.Timestamp
+	34, // 9: choiros.agent.v1.SandboxStatus.last_activity_time:type_name -> google.protobuf.Timestamp
+	15, // 10: choiros.agent.v1.SandboxStatus.exit:type_name -> choiros.agent.v1.Exit
+	34, // 11: choiros.agent.v1.SandboxStatus.next_restart_time:type_name -> google.protobuf.Timestamp
+	16, // 12: choiros.agent.v1.SandboxStatus.endpoints:type_name -> choiros.agent.v1.Endpoint
+	22, // 13: choiros.agent.v1.SandboxStatus.resources:type_name -> choiros.agent.v1.Resources
+	14, // 14: choiros.agent.v1.SandboxStatus.detected_ports:type_name -> choiros.agent.v1.DetectedPort
+	12, // 15: choiros.agent.v1.SandboxStatus.exposures:type_name -> choiros.agent.v1.Exposure
+	13, // 16: choiros.agent.v1.Exposure.files:type_name -> choiros.agent.v1.ExposedFile
+	3,  // 17: choiros.agent.v1.ExposedFile.kind:type_name -> choiros.agent.v1.ExposedFile.Kind
+	2,  // 18: choiros.agent.v1.DetectedPort.protocol:type_name -> choiros.agent.v1.Protocol
+	34, // 19: choiros.agent.v1.Exit.time:type_name -> google.protobuf.Timestamp
+	2,  // 20: choiros.agent.v1.Endpoint.protocol:type_name -> choiros.agent.v1.Protocol
+	33, // 21: choiros.agent.v1.SandboxSpec.env:type_name -> choiros.agent.v1.SandboxSpec.EnvEntry
+	22, // 22: choiros.agent.v1.SandboxSpec.resources:type_name -> choiros.agent.v1.Resources
+	23, // 23: choiros.agent.v1.SandboxSpec.mounts:type_name -> choiros.agent.v1.Mount
+	24, // 24: choiros.agent.v1.SandboxSpec.ports:type_name -> choiros.agent.v1.Port
+	25, // 25: choiros.agent.v1.SandboxSpec.secrets:type_name -> choiros.agent.v1.SecretRef
+	26, // 26: choiros.agent.v1.SandboxSpec.readiness:type_name -> choiros.agent.v1.Readiness
+	30, // 27: choiros.agent.v1.SandboxSpec.idle:type_name -> choiros.agent.v1.IdlePolicy
+	31, // 28: choiros.agent.v1.SandboxSpec.restart:type_name -> choiros.agent.v1.RestartPolicy
+	35, // 29: choiros.agent.v1.SandboxSpec.driver_options:type_name -> google.protobuf.Struct
+	36, // 30: choiros.agent.v1.SandboxSpec.secret_rotation:type_name -> choiros.agent.v1.SecretRotation
+	21, // 31: choiros.agent.v1.SandboxSpec.auto_forward:type_name -> choiros.agent.v1.AutoForward
+	18, // 32: choiros.agent.v1.SandboxSpec.egress:type_name -> choiros.agent.v1.Egress
+	4,  // 33: choiros.agent.v1.Egress.mode:type_name -> choiros.agent.v1.Egress.Mode
+	19, // 34: choiros.agent.v1.Egress.rules:type_name -> choiros.agent.v1.EgressRule
+	20, // 35: choiros.agent.v1.EgressRule.ports:type_name -> choiros.agent.v1.PortRange
+	5,  // 36: choiros.agent.v1.EgressRule.protocol:type_name -> choiros.agent.v1.EgressRule.Protocol
+	6,  // 37: choiros.agent.v1.AutoForward.mode:type_name -> choiros.agent.v1.AutoForward.Mode
+	7,  // 38: choiros.agent.v1.Mount.kind:type_name -> choiros.agent.v1.Mount.Kind
+	2,  // 39: choiros.agent.v1.Port.protocol:type_name -> choiros.agent.v1.Protocol
+	27, // 40: choiros.agent.v1.Readiness.http:type_name -> choiros.agent.v1.HttpProbe
+	28, // 41: choiros.agent.v1.Readiness.tcp:type_name -> choiros.agent.v1.TcpProbe
+	29, // 42: choiros.agent.v1.Readiness.exec:type_name -> choiros.agent.v1.ExecProbe
+	37, // 43: choiros.agent.v1.Readiness.timeout:type_name -> google.protobuf.Duration
+	37, // 44: choiros.agent.v1.Readiness.interval:type_name -> google.protobuf.Duration
+	37, // 45: choiros.agent.v1.IdlePolicy.timeout:type_name -> google.protobuf.Duration
+	8,  // 46: choiros.agent.v1.IdlePolicy.action:type_name -> choiros.agent.v1.IdlePolicy.Action
+	9,  // 47: choiros.agent.v1.RestartPolicy.mode:type_name -> choiros.agent.v1.RestartPolicy.Mode
+	37, // 48: choiros.agent.v1.RestartPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	37, // 49: choiros.agent.v1.RestartPolicy.max_backoff:type_name -> google.protobuf.Duration
+	50, // [50:50] is the sub-list for method output_type
+	50, // [50:50] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_choiros_agent_v1_sandbox_proto_init() }
@@ -2596,11 +2829,11 @@ func file_choiros_agent_v1_sandbox_proto_init() {
 		return
 	}
 	file_choiros_agent_v1_secret_service_proto_init()
-	file_choiros_agent_v1_sandbox_proto_msgTypes[5].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_proto_msgTypes[7].OneofWrappers = []any{
 		(*SandboxSpec_Image)(nil),
 		(*SandboxSpec_Machine)(nil),
 	}
-	file_choiros_agent_v1_sandbox_proto_msgTypes[14].OneofWrappers = []any{
+	file_choiros_agent_v1_sandbox_proto_msgTypes[16].OneofWrappers = []any{
 		(*Readiness_Http)(nil),
 		(*Readiness_Tcp)(nil),
 		(*Readiness_Exec)(nil),
@@ -2610,8 +2843,8 @@ func file_choiros_agent_v1_sandbox_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_choiros_agent_v1_sandbox_proto_rawDesc), len(file_choiros_agent_v1_sandbox_proto_rawDesc)),
-			NumEnums:      9,
-			NumMessages:   22,
+			NumEnums:      10,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
