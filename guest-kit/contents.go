@@ -15,6 +15,8 @@ import (
 type contents struct {
 	kernel  []byte // as Debian packs it
 	version string // as uname -r says it
+	// copyright is the package's account of it.
+	copyright []byte
 	// modules are those that can be loaded, by their names with underscores,
 	// compressed.
 	modules map[string][]byte
@@ -59,6 +61,11 @@ func (c *contents) read(archive *tar.Reader) error {
 			continue
 		}
 		name := path.Base(header.Name)
+		if name == "copyright" {
+			if c.copyright, err = io.ReadAll(archive); err != nil {
+				return err
+			}
+		}
 		if version, ok := strings.CutPrefix(name, "vmlinuz-"); ok {
 			c.version = version
 			if c.kernel, err = io.ReadAll(archive); err != nil {

@@ -17,6 +17,7 @@ const (
 	kernelFile    = "kernel"
 	vmlinuxFile   = "vmlinux"
 	initramfsFile = "initramfs"
+	noticeFile    = "NOTICE"
 	manifestFile  = "guest.json"
 )
 
@@ -33,6 +34,7 @@ type manifest struct {
 	KernelVersion string            `json:"kernel_version"`
 	SHA256        map[string]string `json:"sha256"`
 	Packages      map[string]string `json:"packages"`
+	Sources       map[string]string `json:"sources"`
 	Modules       []string          `json:"modules"`
 	Contents      map[string]int    `json:"contents"`
 	Inputs        string            `json:"inputs"`
@@ -42,6 +44,7 @@ type manifest struct {
 type kit struct {
 	kernel, initramfs []byte
 	vmlinux           []byte // nil: there is none
+	notice            []byte
 	manifest          manifest
 }
 
@@ -74,11 +77,20 @@ func assemble(ctx context.Context, arch string, from deb, guestd []byte) (*kit, 
 		fmt.Fprintf(&order, "%s %s\n", m.stage, file)
 	}
 	entries["modules/order"] = entry{mode: regular | 0o644, content: []byte(order.String())}
-	k := &kit{kernel: kernel, initramfs: archive(entries)}
+	made, err := sources(ctx, from)
+	if err != nil {
+		return nil, err
+	}
+	text, err := notice(from, found.version, found.copyright, made)
+	if err != nil {
+		return nil, err
+	}
+	k := &kit{kernel: kernel, initramfs: archive(entries), notice: text}
 	k.manifest = manifest{
 		Arch: arch, Kernel: kernelFile, Initrd: initramfsFile, Cmdline: cmdline, KernelVersion: found.version,
-		SHA256:   map[string]string{kernelFile: sumBytes(k.kernel), initramfsFile: sumBytes(k.initramfs)},
+		SHA256:   map[string]string{kernelFile: sumBytes(k.kernel), initramfsFile: sumBytes(k.initramfs), noticeFile: sumBytes(k.notice)},
 		Packages: map[string]string{from.Package: from.Version},
+		Sources:  made,
 		Contents: map[string]int{},
 	}
 	if arch == "amd64" {
@@ -110,7 +122,7 @@ func (k *kit) write(dir string) error {
 	for _, file := range []struct {
 		name    string
 		content []byte
-	}{{kernelFile, k.kernel}, {vmlinuxFile, k.vmlinux}, {initramfsFile, k.initramfs}, {manifestFile, append(text, '\n')}} {
+	}{{kernelFile, k.kernel}, {vmlinuxFile, k.vmlinux}, {initramfsFile, k.initramfs}, {noticeFile, k.notice}, {manifestFile, append(text, '\n')}} {
 		if file.content == nil {
 			continue
 		}

@@ -316,6 +316,7 @@ func TestPackagesAreRead(t *testing.T) {
 	for _, file := range [][2]string{
 		{"./boot/vmlinuz-6.1-cloud", "kernel"},
 		{"./boot/config-6.1-cloud", "x"},
+		{"./usr/share/doc/linux-image-6.1-cloud/copyright", "Linus"},
 		{"./usr/lib/modules/6.1-cloud/kernel/net/virtio-rng.ko.xz", "module"},
 	} {
 		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: file[0], Size: int64(len(file[1]))}); err != nil {
@@ -330,8 +331,8 @@ func TestPackagesAreRead(t *testing.T) {
 	if err := c.read(tar.NewReader(bytes.NewReader(whole))); err != nil {
 		t.Fatal(err)
 	}
-	if c.version != "6.1-cloud" || string(c.kernel) != "kernel" || string(c.modules["virtio_rng"]) != "module" {
-		t.Errorf("%q, %q, %q", c.version, c.kernel, c.modules)
+	if c.version != "6.1-cloud" || string(c.kernel) != "kernel" || string(c.modules["virtio_rng"]) != "module" || string(c.copyright) != "Linus" {
+		t.Errorf("%q, %q, %q, %q", c.version, c.kernel, c.modules, c.copyright)
 	}
 	if err := c.read(tar.NewReader(bytes.NewReader(whole[:len(whole)-2]))); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("a truncated package: %v", err)

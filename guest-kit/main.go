@@ -27,6 +27,7 @@ type options struct {
 	guestd  string
 	cache   string
 	out     string
+	archive string
 	refresh bool
 }
 
@@ -38,6 +39,7 @@ func run(args []string, stderr io.Writer) int {
 	flags.StringVar(&o.guestd, "guestd", "", "the guestd that is the initramfs's init, built for that architecture")
 	flags.StringVar(&o.cache, "cache", ".cache/guest-kit", "a folder for what is downloaded")
 	flags.StringVar(&o.out, "o", "", "the folder that the kit is put in")
+	flags.StringVar(&o.archive, "archive", "", "a file that the kit is packed into as well, for a release")
 	flags.BoolVar(&o.refresh, "refresh", false, "ask for newer packages than those in the cache")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -47,7 +49,11 @@ func run(args []string, stderr io.Writer) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := build(ctx, o, stderr); err != nil {
+	err := build(ctx, o, stderr)
+	if err == nil && o.archive != "" {
+		err = writeArchive(o.out, o.archive)
+	}
+	if err != nil {
 		fmt.Fprintf(stderr, "guest-kit: %v\n", err)
 		return 1
 	}
@@ -64,7 +70,8 @@ func build(ctx context.Context, o options, progress io.Writer) error {
 	}
 	for _, program := range []string{"apt-get", "dpkg-deb", "xz"} {
 		if _, err := exec.LookPath(program); err != nil {
-			return fmt.Errorf("%w; it needs Debian or what descends from it, with apt, dpkg and xz-utils installed", err)
+			return fmt.Errorf("%w; it needs Debian or what descends from it, with apt, dpkg and xz-utils installed; "+
+				"elsewhere a release has the kit: agentctl guest-kit install", err)
 		}
 	}
 	guestd, err := os.ReadFile(o.guestd)

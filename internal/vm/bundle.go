@@ -188,9 +188,9 @@ func (d *Driver) kit() (bundle, error) {
 	if err == nil {
 		return kit, nil
 	}
-	cure := "build it with make guest-kit, or name its folder with vm.guest_kit"
+	cure := "agentctl guest-kit install, with that of a release; or build it with make guest-kit, or name its folder with vm.guest_kit"
 	if !errors.Is(err, fs.ErrNotExist) {
-		cure = "build it anew with make guest-kit"
+		cure = "agentctl guest-kit install, with that of a release, or build it anew with make guest-kit"
 	}
 	return bundle{}, &sandbox.UnavailableError{Err: fmt.Errorf("no guest kit: %w", err), Cure: cure}
 }
