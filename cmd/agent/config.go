@@ -85,7 +85,7 @@ type PodmanConfig struct {
 
 // VMConfig is what the driver of virtual machines is told.
 type VMConfig struct {
-	// GuestKit is a folder; empty: the one beside the agent.
+	// GuestKit is a folder; empty: as guestKit finds it.
 	GuestKit string `toml:"guest_kit"`
 	// Bundles is a folder; empty: bundles in the state directory.
 	Bundles string `toml:"bundles"`
@@ -95,9 +95,10 @@ type VMConfig struct {
 
 // Default is the configuration of a user who set nothing.
 func Default(getenv func(string) string, uid int) Config {
+	here := location.Here(getenv, uid)
 	return Config{
-		StateDir:           location.State(getenv, uid),
-		Socket:             location.Socket(getenv, uid),
+		StateDir:           here.State,
+		Socket:             here.Socket,
 		DefaultDriver:      "podman",
 		LogLevel:           "info",
 		LogFormat:          "text",
@@ -158,7 +159,7 @@ func (c *Config) keys() []key {
 		{"metrics.allow_remote", "", "serve metrics beyond the loopback interface", &c.Metrics.AllowRemote},
 		{"traces.otlp_endpoint", "URL", "send traces to this OpenTelemetry collector", &c.Traces.OTLPEndpoint},
 		{"podman.socket", "PATH", "podman's API socket; none given: looked for", &c.Podman.Socket},
-		{"vm.guest_kit", "DIR", "boot images in virtual machines with this; none given: the one beside the agent", &c.VM.GuestKit},
+		{"vm.guest_kit", "DIR", "boot images in virtual machines with this; none given: the one beside the agent, or the one installed", &c.VM.GuestKit},
 		{"vm.bundles", "DIR", "machines are bundles in this folder; none given: bundles in the state directory", &c.VM.Bundles},
 		{"vm.accelerator", "NAME", "kvm, tcg (emulation) or auto, which is what works", &c.VM.Accelerator},
 	}

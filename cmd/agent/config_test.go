@@ -97,7 +97,7 @@ func TestFileOfTheUserIsRead(t *testing.T) {
 	t.Parallel()
 	env := map[string]string{"HOME": t.TempDir()}
 	getenv := func(name string) string { return env[name] }
-	path := location.Config(getenv, 1000)
+	path := location.Here(getenv, 1000).Config
 	cfg, file, err := loadConfig(nil, getenv, 1000)
 	if err != nil || file != "" || cfg.MaxRunning != 200 {
 		t.Errorf("without a file: %+v, %q, %v", cfg, file, err)

@@ -20,7 +20,7 @@ var errHelp = errors.New("help was asked for")
 // empty: none.
 func loadConfig(args []string, getenv func(string) string, uid int) (cfg Config, file string, err error) {
 	cfg = Default(getenv, uid)
-	file = location.Config(getenv, uid)
+	file = location.Here(getenv, uid).Config
 	// The flags are read before the file, which one of them names, and laid
 	// over it afterwards.
 	given, err := parseFlags(args)
@@ -157,7 +157,7 @@ Flags:
 		}
 		fmt.Fprintf(w, "  %-30s %s\n", "--"+name+" "+arg, help)
 	}
-	line("config", "FILE", "read this configuration file", location.Config(getenv, uid))
+	line("config", "FILE", "read this configuration file", location.Here(getenv, uid).Config)
 	for _, k := range cfg.keys() {
 		line(k.flag(), k.arg, k.help, k.String())
 	}

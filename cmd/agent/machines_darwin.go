@@ -18,10 +18,6 @@ import (
 	"github.com/choiros/agent/internal/vm/vz"
 )
 
-// kitName is the folder of guest kits, one for each architecture, beside the
-// agent.
-const kitName = "guest-kit"
-
 // addMachines adds the driver of virtual machines. args makes this program a
 // shim.
 func addMachines(all map[string]sandbox.Driver, cfg Config, _ string, args ...string) error {
@@ -29,14 +25,12 @@ func addMachines(all map[string]sandbox.Driver, cfg Config, _ string, args ...st
 	if err != nil {
 		return err
 	}
-	kit := cfg.VM.GuestKit
-	if kit == "" {
-		if kit, err = beside(filepath.Join(kitName, runtime.GOARCH)); err != nil {
-			return err
-		}
+	kits, err := beside(kitName)
+	if err != nil {
+		return err
 	}
 	driver, err := vm.New(vm.DriverConfig{
-		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: kit, Arch: runtime.GOARCH,
+		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: guestKit(cfg, kits), Arch: runtime.GOARCH,
 		Bundles: cmp.Or(cfg.VM.Bundles, filepath.Join(cfg.StateDir, "bundles")),
 		Shim:    args, Env: shimEnvironment(os.Environ()), Probe: probeMachines,
 	})

@@ -20,10 +20,6 @@ import (
 	"github.com/choiros/agent/internal/vm/qemu"
 )
 
-// kitName is the folder of guest kits, one for each architecture, beside the
-// agent.
-const kitName = "guest-kit"
-
 // addMachines adds the driver of virtual machines. args makes this program a
 // shim, before the accelerator.
 func addMachines(all map[string]sandbox.Driver, cfg Config, owner string, args ...string) error {
@@ -31,15 +27,13 @@ func addMachines(all map[string]sandbox.Driver, cfg Config, owner string, args .
 	if err != nil {
 		return err
 	}
-	kit := cfg.VM.GuestKit
-	if kit == "" {
-		if kit, err = beside(filepath.Join(kitName, runtime.GOARCH)); err != nil {
-			return err
-		}
+	kits, err := beside(kitName)
+	if err != nil {
+		return err
 	}
 	host := &machineHost{options: qemu.Options{Accelerator: cfg.VM.Accelerator}}
 	driver, err := vm.New(vm.DriverConfig{
-		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: kit, Arch: runtime.GOARCH,
+		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: guestKit(cfg, kits), Arch: runtime.GOARCH,
 		Bundles: cmp.Or(cfg.VM.Bundles, filepath.Join(cfg.StateDir, "bundles")),
 		Shim:    append(args, cfg.VM.Accelerator), Env: shimEnvironment(os.Environ()), Probe: host.probe,
 		KeyDir: keyDir(os.Getenv("XDG_RUNTIME_DIR"), owner),

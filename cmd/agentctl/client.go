@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -88,6 +89,31 @@ func (a address) String() string {
 
 // agentAddress is that of --agent, of CHOIROS_AGENT, or the default.
 func (a *app) agentAddress() (address, error) {
+	if addr, asked, err := a.askedAddress(); asked || err != nil {
+		return addr, err
+	}
+	path := location.On(a.on.goos, a.getenv, a.on.uid).Socket
+	return address{"unix", path}, a.ownFolder(filepath.Dir(path))
+}
+
+// ownFolder refuses a folder of somebody else's where the default socket is to
+// be: on a Mac it may be below /tmp, where anybody can be first. Of root's
+// agent the folder is whose the agent is.
+func (a *app) ownFolder(dir string) error {
+	info, err := os.Lstat(dir)
+	if err != nil || a.on.uid == 0 {
+		return nil //nolint:nilerr // Nobody's yet, or to be told by the dial.
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || stat.Uid == 0 || int(stat.Uid) == os.Getuid() {
+		return nil
+	}
+	return withHint(fmt.Errorf("%s belongs to %s: %w", dir, userName(int(stat.Uid)), sandbox.ErrDenied),
+		"have it removed, or name your agent's socket with --agent unix:///PATH")
+}
+
+// askedAddress is that of --agent or of CHOIROS_AGENT, if there is one.
+func (a *app) askedAddress() (addr address, asked bool, err error) {
 	for _, from := range []struct{ name, value string }{
 		{"--agent", a.address}, {"CHOIROS_AGENT", a.getenv("CHOIROS_AGENT")},
 	} {
@@ -96,11 +122,11 @@ func (a *app) agentAddress() (address, error) {
 		}
 		addr, err := parseAddress(from.value)
 		if err != nil {
-			return address{}, &sandbox.FieldError{Field: from.name, Problem: err.Error()}
+			return address{}, false, &sandbox.FieldError{Field: from.name, Problem: err.Error()}
 		}
-		return addr, nil
+		return addr, true, nil
 	}
-	return address{"unix", location.Socket(a.getenv, os.Getuid())}, nil
+	return address{}, false, nil
 }
 
 func parseAddress(s string) (address, error) {

@@ -216,23 +216,47 @@ func TestFieldPlaceNamesFlagAndKey(t *testing.T) {
 
 func TestStartAgentCommand(t *testing.T) {
 	t.Parallel()
-	home := func(name string) string { return map[string]string{"HOME": "/home/ada"}[name] }
 	for _, test := range []struct {
 		goos string
 		uid  int
 		file string
 		want string
 	}{
-		{"linux", 1000, "/home/ada/.config/systemd/user/choiros-agent.service", "systemctl --user start choiros-agent"},
-		{"linux", 1000, "/etc/systemd/user/choiros-agent.service", "systemctl --user start choiros-agent"},
+		{"linux", 1000, "/etc/systemd/system/choiros-agent.service", "agentctl agent start"},
 		{"linux", 0, "/etc/systemd/system/choiros-agent.service", "systemctl start choiros-agent"},
-		{"linux", 1000, "", "agent "},
-		{"darwin", 501, "", "agent "},
+		{"linux", 0, "", "agentctl agent start"},
+		{"darwin", 501, "", "agentctl agent start"},
 	} {
-		got := startAgentCommand(test.goos, test.uid, home, func(path string) bool { return path == test.file })
+		got := startAgentCommand(test.goos, test.uid, func(path string) bool { return path == test.file })
 		if !strings.HasPrefix(got, test.want) {
 			t.Errorf("%+v: %q", test, got)
 		}
+	}
+}
+
+func TestDefaultSocketIsInNobodyElsesFolder(t *testing.T) {
+	t.Parallel()
+	a := &app{on: machine{"darwin", 501}}
+	dir := filepath.Join(t.TempDir(), "choiros-agent-501")
+	for _, mine := range []string{dir, os.TempDir()} { // absent, and mine or root's
+		if err := a.ownFolder(mine); err != nil {
+			t.Errorf("%s: %v", mine, err)
+		}
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.ownFolder(dir); err != nil {
+		t.Error(err)
+	}
+	if os.Getuid() != 0 {
+		return // only root can make a folder that is somebody else's
+	}
+	if err := os.Chown(dir, 12345, -1); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.ownFolder(dir); exitStatus(err) != 12 || !strings.HasPrefix(hintOf(err), "have it removed") {
+		t.Errorf("somebody else's: %v (exit status %d), try: %s", err, exitStatus(err), hintOf(err))
 	}
 }
 
@@ -243,7 +267,7 @@ func TestSocketOfSomebodyElse(t *testing.T) {
 		t.Fatal(err)
 	}
 	err := &connectError{address{"unix", socket}, &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", os.ErrPermission)}}
-	if hint := hintOf(err, os.Getenv); !strings.HasPrefix(hint, "run agentctl as ") && !strings.HasPrefix(hint, "sudo usermod -aG ") {
+	if hint := hintOf(err); !strings.HasPrefix(hint, "run agentctl as ") && !strings.HasPrefix(hint, "sudo usermod -aG ") {
 		t.Errorf("hint %q", hint)
 	}
 	if got := err.Error(); got != "cannot reach the agent at unix://"+socket+": you may not use the socket" {

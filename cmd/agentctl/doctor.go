@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"os/user"
-	"runtime"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -69,8 +68,11 @@ func (a *app) examine(ctx context.Context) ([]finding, error) {
 		return findings, nil // it runs on another host
 	}
 	h := thisHost(a.getenv)
-	if runtime.GOOS == "linux" {
+	switch a.on.goos {
+	case "linux":
 		findings = append(findings, h.examineLinux(ctx)...)
+	case "darwin":
+		findings = append(findings, h.examineMac()...)
 	}
 	return append(findings, h.disk()), nil
 }
@@ -145,7 +147,7 @@ func (a *app) examineAgent(ctx context.Context, c *client) []finding {
 	defer cancel()
 	info, err := c.host.GetInfo(ctx, &agentv1.GetInfoRequest{})
 	if err != nil {
-		return []finding{{"agent", failed, agentProblem(c, err), hintOf(err, a.getenv)}}
+		return []finding{{"agent", failed, agentProblem(c, err), hintOf(err)}}
 	}
 	findings := []finding{{"agent", fine, fmt.Sprintf("%s answers at %s", info.GetAgentVersion(), c.address), ""}}
 	if mine := version.String(); mine != info.GetAgentVersion() {

@@ -262,7 +262,7 @@ func (h *host) linger() finding {
 // disk checks the space where the agent, and podman beside it, keep things.
 func (h *host) disk() finding {
 	const check = "disk"
-	dir := location.State(h.getenv, h.uid)
+	dir := location.Here(h.getenv, h.uid).State
 	for dir != "/" && dir != "." && !h.is(dir) {
 		dir = filepath.Dir(dir)
 	}

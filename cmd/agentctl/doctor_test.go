@@ -138,6 +138,45 @@ func TestDoctorNamesTheCure(t *testing.T) {
 	}
 }
 
+func TestDoctorExplainsTheLocalNetworkPrompt(t *testing.T) {
+	t.Parallel()
+	const file = "System/Library/CoreServices/SystemVersion.plist"
+	version := func(v string) []byte {
+		return []byte(`<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<plist version="1.0"><dict>
+	<key>ProductBuildVersion</key> <string>24B83</string>
+	<key>ProductVersion</key>
+	<string>` + v + `</string>
+</dict></plist>`)
+	}
+	for _, test := range []struct {
+		text         []byte
+		status       verdict
+		detail, cure string
+	}{
+		{version("14.7.1"), fine, "macOS 14.7.1 lets every program reach it", ""},
+		{version("15.1"), fine, `asks whether "agent" may find devices`, "Privacy & Security > Local Network"},
+		{version("26.0"), fine, "no route to host", "Local Network"},
+		{[]byte("<plist><dict></dict></plist>"), warn, "no ProductVersion", ""},
+		{[]byte("<plist><dict>"), warn, "cannot tell", ""},
+		{nil, warn, "cannot tell which macOS this is", ""},
+	} {
+		root := fstest.MapFS{}
+		if test.text != nil {
+			root[file] = &fstest.MapFile{Data: test.text}
+		}
+		findings := (&host{root: root}).examineMac()
+		if len(findings) != 1 {
+			t.Fatalf("%d findings", len(findings))
+		}
+		f := findings[0]
+		if f.Status != test.status || !strings.Contains(f.Detail, test.detail) || !strings.Contains(f.Cure, test.cure) || (f.Cure == "") != (test.cure == "") {
+			t.Errorf("%s: %+v", test.text, f)
+		}
+	}
+}
+
 func TestPodmanVersionIsAskedOverTheSocket(t *testing.T) {
 	t.Parallel()
 	dir, err := os.MkdirTemp("", "agentctl") // t.TempDir is too long for a socket

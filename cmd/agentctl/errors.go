@@ -104,7 +104,7 @@ func (a *app) report(ctx context.Context, err error) int {
 // printError writes an error's line, and a line with its hint if it has one.
 func (a *app) printError(err error) {
 	fmt.Fprintln(a.stderr, a.err.red(errorPrefix)+oneLine(message(err)))
-	if hint := hintOf(err, a.getenv); hint != "" {
+	if hint := hintOf(err); hint != "" {
 		fmt.Fprintln(a.stderr, a.err.bold(hintPrefix)+oneLine(hint))
 	}
 }
@@ -217,7 +217,7 @@ func exitStatus(err error) int {
 }
 
 // hintOf is the one step that may mend an error, or empty.
-func hintOf(err error, getenv func(string) string) string {
+func hintOf(err error) string {
 	if e, ok := errors.AsType[*hinted](err); ok {
 		return e.hint
 	}
@@ -225,7 +225,7 @@ func hintOf(err error, getenv func(string) string) string {
 		return e.command + " --help"
 	}
 	if e, ok := errors.AsType[*connectError](err); ok {
-		return connectHint(e, getenv)
+		return connectHint(e)
 	}
 	info := errorInfo(err)
 	if cure := info.GetMetadata()["cure"]; cure != "" {
@@ -291,37 +291,27 @@ func reasonHint(info *errdetails.ErrorInfo, err error) string {
 }
 
 // connectHint says how to reach an agent that cannot be reached.
-func connectHint(e *connectError, getenv func(string) string) string {
+func connectHint(e *connectError) string {
 	if e.address.network != "unix" {
 		return "agentctl doctor --agent " + e.address.String()
 	}
 	if errors.Is(e.err, os.ErrPermission) {
 		return permissionHint(e.address.location)
 	}
-	return startAgentCommand(runtime.GOOS, os.Getuid(), getenv, exists)
+	return startAgentCommand(runtime.GOOS, os.Getuid(), exists)
 }
 
-// startAgentCommand is what starts the agent on a host: its service if one is
-// installed, otherwise the program itself.
-func startAgentCommand(goos string, uid int, getenv func(string) string, exists func(string) bool) string {
-	const unit = "choiros-agent.service"
-	if goos == "linux" {
-		dirs := []string{"/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system", "/run/systemd/system"}
-		if uid != 0 {
-			home := getenv("HOME")
-			for _, dir := range []string{home + "/.config/systemd/user", "/etc/systemd/user", "/usr/lib/systemd/user", "/run/systemd/user"} {
-				if exists(dir + "/" + unit) {
-					return "systemctl --user start choiros-agent"
-				}
-			}
-		}
-		for _, dir := range dirs {
-			if exists(dir+"/"+unit) && uid == 0 {
+// startAgentCommand is what starts the agent on a host: root's service if that
+// is whose it is and one is installed, otherwise agentctl.
+func startAgentCommand(goos string, uid int, exists func(string) bool) string {
+	if goos == "linux" && uid == 0 {
+		for _, dir := range systemdDirs() {
+			if exists(dir + "/" + systemdUnit) {
 				return "systemctl start choiros-agent"
 			}
 		}
 	}
-	return "agent   (in another terminal; then agentctl doctor)"
+	return "agentctl agent start, or agentctl agent install, which starts it at every login"
 }
 
 // permissionHint says how to be let in to a socket.

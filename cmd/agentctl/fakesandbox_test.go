@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -80,14 +81,15 @@ func (f *fakeAgent) CreateSandbox(_ context.Context, req *agentv1.CreateSandboxR
 	if err := f.check(req.GetSandbox()); err != nil {
 		return nil, fail(err, name)
 	}
-	if req.GetValidateOnly() {
-		return &agentv1.CreateSandboxResponse{Sandbox: req.GetSandbox()}, nil
-	}
 	sb := proto.CloneOf(req.GetSandbox())
+	sb.Status = &agentv1.SandboxStatus{Exposures: exposures(sb.GetSpec().GetMounts())}
+	if req.GetValidateOnly() {
+		return &agentv1.CreateSandboxResponse{Sandbox: sb}, nil
+	}
 	now := timestamppb.Now()
 	sb.Uid, sb.CreateTime, sb.UpdateTime = "uid-"+name, now, now
 	sb.DesiredState = agentv1.DesiredState_DESIRED_STATE_STOPPED
-	sb.Status = &agentv1.SandboxStatus{Phase: agentv1.Phase_PHASE_CREATING, Resources: sb.GetSpec().GetResources()}
+	sb.Status.Phase, sb.Status.Resources = agentv1.Phase_PHASE_CREATING, sb.GetSpec().GetResources()
 	sb.Spec.Driver = "fake"
 	s := &fakeSandbox{agent: f, sb: sb, logGrown: make(chan struct{})}
 	f.mu.Lock()
@@ -109,6 +111,31 @@ func (f *fakeAgent) CreateSandbox(_ context.Context, req *agentv1.CreateSandboxR
 		}
 	}
 	return &agentv1.CreateSandboxResponse{Sandbox: answer}, nil
+}
+
+// exposures tells of the .env in each folder, and of what it says in there that
+// there is more.
+func exposures(mounts []*agentv1.Mount) []*agentv1.Exposure {
+	var all []*agentv1.Exposure
+	for _, m := range mounts {
+		text, err := os.ReadFile(filepath.Join(m.GetSource(), ".env"))
+		if err != nil {
+			continue
+		}
+		x := &agentv1.Exposure{
+			Source: m.GetSource(), Target: m.GetTarget(), TotalCount: 1, Incomplete: strings.Contains(string(text), "LARGE"),
+			Files: []*agentv1.ExposedFile{{Path: ".env", Kind: agentv1.ExposedFile_KIND_ENVIRONMENT}},
+		}
+		if strings.Contains(string(text), "MORE") {
+			x.Files = append(x.Files, &agentv1.ExposedFile{Path: "a\x1b[31m.key", Kind: agentv1.ExposedFile_KIND_KEY})
+			x.TotalCount = 20
+		}
+		if strings.Contains(string(text), "NOTHING") {
+			x.Files, x.TotalCount = nil, 0
+		}
+		all = append(all, x)
+	}
+	return all
 }
 
 func (f *fakeAgent) check(sb *agentv1.Sandbox) error {

@@ -2,8 +2,9 @@
 // watch and end sandboxes with it.
 //
 // It is a client and nothing more: whatever it shows it was told by the agent
-// over the public API, and it keeps no state of its own. Only `agentctl doctor`
-// looks at the host as well, because it must work when the agent does not.
+// over the public API, and it keeps no state of its own. Only doctor, agent and
+// guest-kit deal with the host itself, because they must work when the agent
+// does not.
 package main
 
 import (
@@ -12,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"strings"
 	"time"
 
@@ -22,9 +24,14 @@ func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr, os.Getenv
 
 // run is agentctl. It returns the exit status.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer, getenv func(string) string) int {
+	return runOn(machine{runtime.GOOS, os.Getuid()}, args, stdin, stdout, stderr, getenv)
+}
+
+// runOn is run on a machine that tests exchange.
+func runOn(on machine, args []string, stdin io.Reader, stdout, stderr io.Writer, getenv func(string) string) int {
 	ctx, signals := catchSignals()
 	defer signals.close()
-	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, getenv: getenv, signals: signals}
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, getenv: getenv, signals: signals, on: on}
 	defer a.close()
 	root := a.rootCommand()
 	root.SetArgs(args)
@@ -41,6 +48,7 @@ type app struct {
 	stdout, stderr io.Writer
 	getenv         func(string) string
 	signals        *signals
+	on             machine
 
 	address string
 	tls     tlsFiles
@@ -89,7 +97,7 @@ func (a *app) rootCommand() *cobra.Command {
 	must(root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp)))
 
 	root.AddCommand(a.sandboxCommand(), a.execCommand(), a.fileCommand(), a.portCommand(), a.egressCommand(), a.diskCommand(), a.secretCommand(), a.topCommand(),
-		a.imageCommand(), a.hostCommand(), a.doctorCommand(), a.versionCommand(), a.completionCommand(), exitCodesTopic(), specFileTopic())
+		a.imageCommand(), a.guestKitCommand(), a.hostCommand(), a.agentCommand(), a.doctorCommand(), a.versionCommand(), a.completionCommand(), exitCodesTopic(), specFileTopic())
 	root.SetHelpCommand(a.helpCommand())
 	root.SetUsageTemplate(usageTemplate)
 	finish(root)

@@ -58,6 +58,14 @@ func fullSandbox() *agentv1.Sandbox {
 				{GuestPort: 68, Protocol: agentv1.Protocol_PROTOCOL_UDP, Refusal: "DHCP is never forwarded by itself"},
 			},
 			GuestdVersion: "1.2.3",
+			Exposures: []*agentv1.Exposure{
+				{
+					Source: "/home/ada/shop", Target: "/workspace", TotalCount: 19, Incomplete: true, Files: []*agentv1.ExposedFile{
+						{Path: ".env", Kind: agentv1.ExposedFile_KIND_ENVIRONMENT}, {Path: "tls/tls.key", Kind: agentv1.ExposedFile_KIND_KEY},
+					},
+				},
+				{Source: "/home/ada/data", Target: "/data", Incomplete: true},
+			},
 		},
 	}
 }

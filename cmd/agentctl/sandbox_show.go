@@ -97,6 +97,11 @@ func statusLines(p *page, sb *agentv1.Sandbox, now time.Time) {
 		detected = append(detected, text)
 	}
 	p.each("Listens", detected)
+	var exposed []string
+	for _, x := range status.GetExposures() {
+		exposed = append(exposed, x.GetTarget()+": "+exposureText(x))
+	}
+	p.each("Exposes", exposed)
 	p.add("guestd", status.GetGuestdVersion())
 	p.add("Resources", resourceText(status.GetResources()))
 }

@@ -27,7 +27,9 @@ READ-WRITE at /workspace: what runs inside can change and delete your files
 there. "--workspace .:ro" protects them, "--no-workspace" leaves them out.
 
 A sandbox that exists is started as it was made; nothing else given here is
-applied to it. Ctrl-C stops the waiting, not the start.`
+applied to it. Ctrl-C stops the waiting, not the start.
+
+Where no agent runs, it asks on a terminal whether to start one.`
 
 const startExample = `  agentctl sandbox start                            # as ./sandbox.yaml says
   agentctl sandbox start --image docker.io/library/node:22 -- node server.js
@@ -58,18 +60,21 @@ func (a *app) sandboxStart() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.start(cmd.Context(), f, d, asked)
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			if err := a.needAgent(cmd.Context(), cmd, c, f.startAgent); err != nil {
+				return err
+			}
+			return a.start(cmd.Context(), c, f, d, asked)
 		},
 	}
 	f.register(cmd)
 	return cmd
 }
 
-func (a *app) start(ctx context.Context, f *startFlags, d *definition, asked bool) error {
-	c, err := a.client()
-	if err != nil {
-		return err
-	}
+func (a *app) start(ctx context.Context, c *client, f *startFlags, d *definition, asked bool) error {
 	values, err := a.inlineValues(ctx, d.inline)
 	if err != nil {
 		return err
@@ -143,11 +148,15 @@ func (a *app) started(ctx context.Context, c *client, d *definition, sb *agentv1
 	}
 	if reason := reasonOf(err); reason == "NOT_READY" || reason == "WORKLOAD_ENDED" {
 		a.showLastOutput(ctx, c, d.name)
+		if sb, err := c.sandbox(ctx, d.name); err == nil {
+			a.warnOfExposures(sb)
+		}
 	}
 	return startFailure(err, d)
 }
 
 func (a *app) showStarted(sb *agentv1.Sandbox, text string, took time.Duration) error {
+	a.warnOfExposures(sb)
 	if a.forPrograms() {
 		return a.print(sb)
 	}

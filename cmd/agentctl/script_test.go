@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -18,7 +19,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"agentctl": main})
+	testscript.Main(m, programs())
 }
 
 // TestScripts runs the real program against a fake agent: testdata/*.txtar.
@@ -45,7 +46,11 @@ func TestScripts(t *testing.T) {
 			env.Setenv("SOCKET", agent.address)
 			env.Setenv("HOME", filepath.Join(env.WorkDir, "home"))
 			env.Setenv("TZ", "UTC")
-			return os.MkdirAll(filepath.Join(env.WorkDir, "home"), 0o755)
+			env.Setenv("ARCH", runtime.GOARCH)
+			if err := os.MkdirAll(filepath.Join(env.WorkDir, "home"), 0o755); err != nil {
+				return err
+			}
+			return setupFakeHost(env)
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"fake":   scriptFake,

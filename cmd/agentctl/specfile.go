@@ -190,6 +190,8 @@ func (s *specFile) mount(kind agentv1.Mount_Kind, n *yaml.Node, path string) (*a
 	known := map[string]func(*yaml.Node, string) error{
 		"path":   parsed(s.reader, nonEmpty, func(v string) { source = v }),
 		"target": parsed(s.reader, nonEmpty, func(v string) { target = v }),
+
+		"exclude": s.exclude,
 	}
 	if kind == agentv1.Mount_KIND_WORKSPACE {
 		known["read_only"] = s.flag(&readOnly)

@@ -32,7 +32,7 @@ type startFlags struct {
 	egress                             string
 	labels, options                    []string
 	requestID                          string
-	noWait, dryRun                     bool
+	noWait, dryRun, startAgent         bool
 }
 
 func (f *startFlags) register(cmd *cobra.Command) {
@@ -71,6 +71,7 @@ func (f *startFlags) register(cmd *cobra.Command) {
 	flags.StringArrayVar(&f.options, "option", nil, "`KEY=VALUE` that only the driver knows; the value is JSON, or plain text")
 	flags.StringVar(&f.requestID, "request-id", "", "`id` under which a repeated start is the same start (default: a fresh one)")
 	flags.BoolVar(&f.noWait, "no-wait", false, "return as soon as it is being started")
+	flags.BoolVar(&f.startAgent, "start-agent", false, "start the agent too if none runs on this host, without asking")
 	flags.BoolVar(&f.dryRun, "dry-run", false, "let the agent check everything, and make nothing")
 	flags.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 		if name == "publish" { // what others call it

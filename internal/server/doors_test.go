@@ -273,6 +273,44 @@ func TestListenUnix(t *testing.T) {
 	}
 }
 
+func TestListenUnixKeepsOutOfFoldersOfOthers(t *testing.T) {
+	t.Parallel()
+	shared, err := os.MkdirTemp("", "agent") // t.TempDir is too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(shared) })
+	dir := filepath.Join(shared, "choiros-agent-501")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(shared, 0o1777); err != nil {
+		t.Fatal(err)
+	}
+	mine, err := server.ListenUnix(t.Context(), filepath.Join(dir, "agent.sock"), access(t, ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mine.Close()
+	if os.Geteuid() != 0 {
+		return // only root can make a folder that is somebody else's
+	}
+	if err := os.Chown(dir, 12345, -1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := server.ListenUnix(t.Context(), filepath.Join(dir, "agent.sock"), access(t, "")); err == nil || !strings.Contains(err.Error(), "belongs to user 12345") {
+		t.Errorf("in a folder of somebody else's: %v", err)
+	}
+	if err := os.Chmod(shared, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := server.ListenUnix(t.Context(), filepath.Join(dir, "agent.sock"), access(t, ""))
+	if err != nil {
+		t.Fatalf("where only its owner can have put it: %v", err)
+	}
+	theirs.Close()
+}
+
 func TestListenUnixReplacesOnlyWhatNobodyServes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -67,14 +67,15 @@ func listenUnix(ctx context.Context, path string, access Access) (_ net.Listener
 	return &unixListener{UnixListener: listener.(*net.UnixListener), lock: lock}, nil
 }
 
-// makeFolder makes the socket's folder unless there is one. Its parents are
-// made too, for the agent alone.
+// makeFolder makes the socket's folder unless there is one. Where anybody could
+// have been first, as below /tmp, it has to be this user's or root's. Its
+// parents are made too, for the agent alone.
 func makeFolder(dir string, access Access) error {
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return err
 	}
 	if err := os.Mkdir(dir, 0o700); errors.Is(err, fs.ErrExist) {
-		return nil
+		return checkOwner(dir)
 	} else if err != nil {
 		return err
 	}
@@ -82,6 +83,24 @@ func makeFolder(dir string, access Access) error {
 		return nil
 	}
 	return grant(dir, access, 0o750)
+}
+
+// checkOwner refuses a folder in which somebody else could put a socket in the
+// place of this one.
+func checkOwner(dir string) error {
+	parent, err := os.Stat(filepath.Dir(dir))
+	if err != nil || parent.Mode().Perm()&0o002 == 0 {
+		return err
+	}
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if ok && stat.Uid != 0 && int(stat.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s belongs to user %d, who could put another socket there", dir, stat.Uid)
+	}
+	return nil
 }
 
 // grant gives a file to the group, if there is one, and sets its mode.

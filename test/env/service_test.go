@@ -31,7 +31,7 @@ const (
 // TestRestartsRefuseNobody has clients connect to a forwarded port all the
 // time while the agent is restarted and killed.
 func TestRestartsRefuseNobody(t *testing.T) {
-	run(t, "systemctl", "--user", "start", unit)
+	run(t, "agentctl", "agent", "install")
 	run(t, "agentctl", "image", "load", "images/workload.oci.tar")
 	run(t, "agentctl", "sandbox", "start", "echo", "--image", "localhost/choiros/workload:latest", "--no-workspace",
 		"--memory", fmt.Sprint(limitMiB, "m"), "--port", guestPort, "--ready-tcp", guestPort, "--", "listen", "127.0.0.1:"+guestPort)
