@@ -38,6 +38,6 @@ func TestConformance(t *testing.T) {
 			vmtest.CheckNoProcess(t, box)
 		},
 		Patience: 5 * time.Minute,
-		Samples:  4,
+		Samples:  3,
 	})
 }
