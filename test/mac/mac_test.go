@@ -156,11 +156,11 @@ func TestChecklistPassesOnAMacWhereAllWorks(t *testing.T) {
 	t.Parallel()
 	m := newMac(t)
 	verdicts, result := m.checklist(0)
-	if len(verdicts) != 16 || len(with(verdicts, "pass")) != 16 {
+	if len(verdicts) != 17 || len(with(verdicts, "pass")) != 17 {
 		t.Errorf("%v\n%s", verdicts, result)
 	}
 	for _, want := range []string{
-		"# mac-check: 16 passed, 0 failed, 0 skipped\n", "| agentctl | v1.2.3 |", "| macOS | macOS 15.1 (24B83) |",
+		"# mac-check: 17 passed, 0 failed, 0 skipped\n", "| agentctl | v1.2.3 |", "| macOS | macOS 15.1 (24B83) |",
 		"| model | Mac14,2 |", "| processor | Apple M2 |", "| memory | 16 GiB |", "| guest kernel | 6.12.1 |",
 	} {
 		if !strings.Contains(result, want) {
@@ -187,11 +187,11 @@ func TestChecklistGoesOnAfterAFailure(t *testing.T) {
 	m.broken("pause", "read-only", "disk")
 	m.check(os.WriteFile(filepath.Join(m.dir, "unsigned"), nil, 0o600))
 	verdicts, result := m.checklist(1)
-	if got := strings.Join(with(verdicts, "fail"), " "); got != "build disk pause shares" || len(with(verdicts, "pass")) != 12 {
+	if got := strings.Join(with(verdicts, "fail"), " "); got != "build disk pause shares" || len(with(verdicts, "pass")) != 13 {
 		t.Errorf("failed: %s\n%s", got, result)
 	}
 	for _, want := range []string{
-		"# mac-check: 12 passed, 4 failed, 0 skipped\n",
+		"# mac-check: 13 passed, 4 failed, 0 skipped\n",
 		"\n## pause\n\n    $ agentctl sandbox pause check\n    agentctl: [31mthe machine cannot be halted[0m at ~\n", // and no escape
 		"\n    a read-only folder was written to\n",
 		"\n    it should have failed\n",
@@ -211,7 +211,7 @@ func TestChecklistFailsWithoutAnAgentItemByItem(t *testing.T) {
 	m.check(os.Remove(link))
 	m.check(os.WriteFile(link, []byte("#!/bin/sh\necho no agent today\nexit 1\n"), 0o700))
 	verdicts, result := m.checklist(1, "--limit", "8")
-	if got := strings.Join(with(verdicts, "pass"), " "); got != "build kit" || len(verdicts) != 16 {
+	if got := strings.Join(with(verdicts, "pass"), " "); got != "build kit" || len(verdicts) != 17 {
 		t.Errorf("passed: %s\n%s", got, result)
 	}
 	if !strings.Contains(result, "no agent today") {
@@ -237,12 +237,12 @@ func TestChecklistSkipsWhatAMacCannot(t *testing.T) {
 	m.check(os.MkdirAll(agents, 0o700))
 	mine := filepath.Join(agents, "choiros.agent.plist")
 	m.check(os.WriteFile(mine, []byte("mine"), 0o600))
-	m.broken("launchd")
+	m.broken("launchd", "rosetta")
 	verdicts, result := m.checklist(0)
-	if got := strings.Join(with(verdicts, "skip"), " "); got != "hibernate launchd" {
+	if got := strings.Join(with(verdicts, "skip"), " "); got != "hibernate launchd rosetta" {
 		t.Errorf("skipped: %s\n%s", got, result)
 	}
-	for _, want := range []string{"twice: it takes macOS 14 |", "the machine runs on: an agent of yours is installed"} {
+	for _, want := range []string{"twice: it takes macOS 14 |", "Rosetta: Rosetta is not installed", "the machine runs on: an agent of yours is installed"} {
 		if !strings.Contains(result, want) {
 			t.Errorf("the result lacks %q:\n%s", want, result)
 		}
