@@ -25,6 +25,7 @@ export AGENT_REQUIRE ?=
 export AGENT_TEST_IMAGES := $(IMAGES)
 export AGENT_TEST_GUESTD := $(GUESTD)
 export AGENT_TEST_BUNDLE := $(CURDIR)/.cache/bundle
+export AGENT_TEST_TRANSLATOR := $(CURDIR)/.cache/translator
 export AGENT_TEST_KIT := $(CURDIR)/bin/guest-kit/$(shell $(GO) env GOARCH)
 
 .PHONY: help
@@ -112,6 +113,7 @@ mac-check: ## on a Mac, ten minutes: what works on it, written to bin/mac-check.
 .PHONY: test
 test: go-present images guest-kit bundle env ## run every test, on real podman and in real virtual machines
 	@$(MAKE) --no-print-directory guest-kit ARCH=arm64 # what a Mac boots, whatever the host is
+	@test/env/translator build $(AGENT_TEST_TRANSLATOR)
 	@CGO_ENABLED=1 GOOS=darwin GOARCH=arm64 $(GO) list -deps ./internal/vm/vz >/dev/null # downloads what is type-checked for a Mac
 	$(GO) test $(RACE) -tags "$(TAGS)" -exec "$(ENV) exec" -timeout 40m ./...
 
@@ -139,7 +141,7 @@ lint: go-present $(LINT) ## everything that reads the source: format, lint, buf,
 	@$(LINT) run --timeout 10m ./...
 	@$(TOOL) buf lint
 	@GOOS=darwin CGO_ENABLED=0 $(GO) vet -tags "$(TAGS)" ./...
-	@if command -v shellcheck >/dev/null; then shellcheck -x .ci/run tools/mac-check tools/mac-sign test/mac/testdata/* test/demo test/fuzz test/env/podman-env test/env/lib.sh test/env/host test/env/host-test test/env/bundle test/env/selftest test/env/host.d/run-payload test/env/payload/*; fi
+	@if command -v shellcheck >/dev/null; then shellcheck -x .ci/run tools/mac-check tools/mac-sign test/mac/testdata/* test/demo test/fuzz test/env/podman-env test/env/lib.sh test/env/host test/env/host-test test/env/bundle test/env/translator test/env/selftest test/env/host.d/run-payload test/env/payload/*; fi
 
 $(LINT): tools/lint/go.sum
 	@echo "building golangci-lint (once, a few minutes)"

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -231,7 +232,7 @@ func TestModulesComeAfterWhatTheyNeed(t *testing.T) {
 	}
 	for _, name := range []string{
 		"vsock", "vmw_vsock_virtio_transport", "vmw_vsock_virtio_transport_common", "virtio_blk", "erofs", "libcrc32c", "overlay",
-		"virtio_net", "net_failover", "virtio_rng", "virtio_balloon", "tcp_diag", "udp_diag", "tun", "unwanted",
+		"virtio_net", "net_failover", "virtio_rng", "virtio_balloon", "tcp_diag", "udp_diag", "tun", "binfmt_misc", "unwanted",
 	} {
 		packed[name] = xz(t, object("license=GPL\x00depends="+needs[name]+"\x00name="+name+"\x00"))
 	}
@@ -247,6 +248,10 @@ func TestModulesComeAfterWhatTheyNeed(t *testing.T) {
 		"root:erofs root:overlay root:net_failover root:virtio_net"
 	if got := strings.Join(order, " "); !strings.HasPrefix(got, want) || strings.Contains(got, "unwanted") {
 		t.Errorf("order: %s", got)
+	}
+	// It is there, and loaded by machines that need it alone.
+	if !slices.Contains(order, "rosetta:binfmt_misc") {
+		t.Errorf("order: %s", order)
 	}
 	delete(packed, "libcrc32c")
 	if _, err := selectModules(t.Context(), packed); err == nil || !strings.Contains(err.Error(), "libcrc32c is not in the kernel's package, and erofs needs it") {

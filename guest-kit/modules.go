@@ -12,14 +12,16 @@ import (
 )
 
 // stages are the modules that guestd loads, in this order and by when they are
-// needed: for the connection to the host, before it does anything for it, and
-// once the workload runs. Their dependencies come before them.
+// needed: for the connection to the host, before it does anything for it, before
+// that too but only if programs for another architecture are to run, and once
+// the workload runs. Their dependencies come before them.
 var stages = []struct {
 	name    string
 	modules []string
 }{
 	{"channel", []string{"vmw_vsock_virtio_transport"}},
 	{"root", []string{"virtio_blk", "erofs", "overlay", "virtio_net", "tcp_diag", "udp_diag"}},
+	{"rosetta", []string{"binfmt_misc"}},
 	{"later", []string{"virtio_rng", "virtio_balloon", "tun"}},
 }
 

@@ -93,13 +93,18 @@ type VMConfig struct {
 	Accelerator string `toml:"accelerator"`
 }
 
-// Default is the configuration of a user who set nothing.
-func Default(getenv func(string) string, uid int) Config {
-	here := location.Here(getenv, uid)
+// Default is the configuration of a user who set nothing, on a system by its
+// GOOS. A Mac has no containers but in a virtual machine of Linux.
+func Default(goos string, getenv func(string) string, uid int) Config {
+	here := location.On(goos, getenv, uid)
+	driver := "podman"
+	if goos == "darwin" {
+		driver = "vm"
+	}
 	return Config{
 		StateDir:           here.State,
 		Socket:             here.Socket,
-		DefaultDriver:      "podman",
+		DefaultDriver:      driver,
 		LogLevel:           "info",
 		LogFormat:          "text",
 		MaxConcurrentBoots: 10,

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -83,11 +84,13 @@ func TestEveryFlagIsSetWhereItBelongs(t *testing.T) {
 func TestDefaultsAreValid(t *testing.T) {
 	t.Parallel()
 	env := map[string]string{"HOME": "/home/ada"}
-	cfg := Default(func(name string) string { return env[name] }, 1000)
-	if err := cfg.validate(); err != nil {
-		t.Error(err)
+	for goos, driver := range map[string]string{"linux": "podman", "darwin": "vm"} {
+		cfg := Default(goos, func(name string) string { return env[name] }, 1000)
+		if err := cfg.validate(); err != nil || cfg.DefaultDriver != driver {
+			t.Errorf("on %s: driver %s, %v", goos, cfg.DefaultDriver, err)
+		}
 	}
-	homeless := Default(func(string) string { return "" }, 1000)
+	homeless := Default(runtime.GOOS, func(string) string { return "" }, 1000)
 	if err := homeless.validate(); err == nil || !strings.Contains(err.Error(), "state_dir: is missing") {
 		t.Errorf("without a home: %v", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"runtime"
 	"strconv"
 	"strings"
 
@@ -19,7 +20,7 @@ var errHelp = errors.New("help was asked for")
 // flags, then one look at whether it can work. file is the one that was read;
 // empty: none.
 func loadConfig(args []string, getenv func(string) string, uid int) (cfg Config, file string, err error) {
-	cfg = Default(getenv, uid)
+	cfg = Default(runtime.GOOS, getenv, uid)
 	file = location.Here(getenv, uid).Config
 	// The flags are read before the file, which one of them names, and laid
 	// over it afterwards.
@@ -150,7 +151,7 @@ it: --tls-client-ca is client_ca of [tls].
 
 Flags:
 `)
-	cfg := Default(getenv, uid)
+	cfg := Default(runtime.GOOS, getenv, uid)
 	line := func(name, arg, help, fallback string) {
 		if fallback != "" {
 			help += " (" + fallback + ")"

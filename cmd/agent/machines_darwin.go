@@ -1,54 +1,23 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
-	"runtime"
-	"slices"
-	"strings"
 
-	"github.com/choiros/agent/internal/image"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/vm"
 	"github.com/choiros/agent/internal/vm/vz"
 )
 
-// addMachines adds the driver of virtual machines. args makes this program a
-// shim.
-func addMachines(all map[string]sandbox.Driver, cfg Config, _ string, args ...string) error {
-	images, err := image.Open(filepath.Join(cfg.StateDir, "images"))
-	if err != nil {
-		return err
-	}
-	kits, err := beside(kitName)
-	if err != nil {
-		return err
-	}
-	driver, err := vm.New(vm.DriverConfig{
-		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: guestKit(cfg, kits), Arch: runtime.GOARCH,
-		Bundles: cmp.Or(cfg.VM.Bundles, filepath.Join(cfg.StateDir, "bundles")),
-		Shim:    args, Env: shimEnvironment(os.Environ()), Probe: probeMachines,
-	})
-	if err != nil {
-		return err
-	}
-	all["vm"] = driver
-	return nil
+// machines is what the driver of virtual machines has that is this system's own.
+func machines(Config, string) vm.DriverConfig {
+	return vm.DriverConfig{Probe: probeMachines, Rosetta: rosettaMissing, Firmware: true}
 }
 
-// shimEnvironment is what a shim is to know of the agent's environment: where
-// temporary files are.
-func shimEnvironment(all []string) []string {
-	return slices.DeleteFunc(slices.Clone(all), func(variable string) bool {
-		name, _, _ := strings.Cut(variable, "=")
-		return !slices.Contains([]string{"PATH", "TMPDIR"}, name)
-	})
-}
+// shimVariables are where programs and temporary files are.
+func shimVariables() []string { return []string{"PATH", "TMPDIR"} }
 
 // probeMachines finds out what this Mac can do for virtual machines. It is
 // asked each time: a program can be signed anew, and macOS updated.
@@ -65,6 +34,16 @@ func probeMachines(context.Context) (sandbox.Report, error) {
 		report.Warnings = append(report.Warnings, "sandboxes cannot be hibernated here: that takes Apple silicon and macOS 14")
 	}
 	return report, nil
+}
+
+// rosettaMissing says why machines here have no Rosetta. It is asked each time:
+// it can be installed while the agent runs.
+func rosettaMissing() error {
+	found, err := vz.Probe()
+	if err != nil {
+		return err
+	}
+	return found.RosettaMissing
 }
 
 // runShim is the hidden command vm-shim: FOLDER.

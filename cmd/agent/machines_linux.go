@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,40 +8,27 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 
-	"github.com/choiros/agent/internal/image"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/vm"
 	"github.com/choiros/agent/internal/vm/qemu"
 )
 
-// addMachines adds the driver of virtual machines. args makes this program a
-// shim, before the accelerator.
-func addMachines(all map[string]sandbox.Driver, cfg Config, owner string, args ...string) error {
-	images, err := image.Open(filepath.Join(cfg.StateDir, "images"))
-	if err != nil {
-		return err
-	}
-	kits, err := beside(kitName)
-	if err != nil {
-		return err
-	}
+// machines is what the driver of virtual machines has that is this system's own.
+func machines(cfg Config, owner string) vm.DriverConfig {
 	host := &machineHost{options: qemu.Options{Accelerator: cfg.VM.Accelerator}}
-	driver, err := vm.New(vm.DriverConfig{
-		Root: filepath.Join(cfg.StateDir, "vm"), Images: images, Kit: guestKit(cfg, kits), Arch: runtime.GOARCH,
-		Bundles: cmp.Or(cfg.VM.Bundles, filepath.Join(cfg.StateDir, "bundles")),
-		Shim:    append(args, cfg.VM.Accelerator), Env: shimEnvironment(os.Environ()), Probe: host.probe,
-		KeyDir: keyDir(os.Getenv("XDG_RUNTIME_DIR"), owner),
-	})
-	if err != nil {
-		return err
+	return vm.DriverConfig{
+		Shim: []string{cfg.VM.Accelerator}, Probe: host.probe, KeyDir: keyDir(os.Getenv("XDG_RUNTIME_DIR"), owner),
 	}
-	all["vm"] = driver
-	return nil
+}
+
+// shimVariables are where programs, temporary files and the user's service
+// manager are.
+func shimVariables() []string {
+	return []string{"PATH", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"}
 }
 
 // keyDir is where the keys of memories that were saved are: with the host's
@@ -52,15 +38,6 @@ func keyDir(runtimeDir, owner string) string {
 		return ""
 	}
 	return filepath.Join(runtimeDir, "choiros-agent", "keys", owner)
-}
-
-// shimEnvironment is what a shim, and what it starts, is to know of the
-// agent's environment: where programs and temporary files are.
-func shimEnvironment(all []string) []string {
-	return slices.DeleteFunc(slices.Clone(all), func(variable string) bool {
-		name, _, _ := strings.Cut(variable, "=")
-		return !slices.Contains([]string{"PATH", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"}, name)
-	})
 }
 
 // machineHost finds out what this host can do for virtual machines, once that

@@ -19,9 +19,9 @@ type found struct {
 	blobs    map[string]string // files by digest, the manifest's among them
 }
 
-// images returns the images of an archive, with arch's of those that are there
+// images returns the images of an archive; see choose for those that are there
 // for several platforms. One that is not whole is an error.
-func (a *archive) images(st *stage, arch string) ([]found, error) {
+func (a *archive) images(st *stage, archs []string) ([]found, error) {
 	_, oci := a.files["index.json"]
 	_, docker := a.files["manifest.json"]
 	switch {
@@ -34,7 +34,7 @@ func (a *archive) images(st *stage, arch string) ([]found, error) {
 				return nil, err
 			}
 		}
-		return a.layout(arch)
+		return a.layout(archs)
 	case docker:
 		return a.docker(st)
 	}
@@ -42,7 +42,7 @@ func (a *archive) images(st *stage, arch string) ([]found, error) {
 }
 
 // layout returns the images of an OCI image layout.
-func (a *archive) layout(arch string) ([]found, error) {
+func (a *archive) layout(archs []string) ([]found, error) {
 	var index v1.IndexManifest
 	if err := a.decode(a.files["index.json"], &index); err != nil {
 		return nil, corruptf("has a malformed index: %v", err)
@@ -56,7 +56,7 @@ func (a *archive) layout(arch string) ([]found, error) {
 		if len(choices) == 0 {
 			continue // an archive need not hold all that its index names
 		}
-		image := choose(choices, arch)
+		image := choose(choices, archs)
 		name := d.Annotations["io.containerd.image.name"]
 		if name == "" {
 			name = d.Annotations[nameAnnotation]
@@ -82,12 +82,15 @@ type choice struct {
 	os, arch string
 }
 
-// choose returns the choice that is for an architecture, or else the first,
-// which then will be refused where it is used.
-func choose(choices []choice, arch string) choice {
-	for _, c := range choices {
-		if c.os == "linux" && c.arch == arch {
-			return c
+// choose returns the choice that is for the first of these architectures that
+// there is one for, or else the first choice, which then will be refused where
+// it is used.
+func choose(choices []choice, archs []string) choice {
+	for _, arch := range archs {
+		for _, c := range choices {
+			if c.os == "linux" && c.arch == arch {
+				return c
+			}
 		}
 	}
 	return choices[0]

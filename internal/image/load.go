@@ -17,9 +17,10 @@ import (
 
 // LoadImage is as in sandbox.ImageStore. A name that another image had moves
 // to the one that is loaded. Of an image for several platforms that of Arch is
-// kept, or if there is none any of them.
-func (s *Store) LoadImage(ctx context.Context, archive io.Reader) ([]sandbox.Image, error) {
-	images, err := s.load(ctx, archive)
+// kept, or if there is none that of one of the others, missing or not, or else
+// any of them.
+func (s *Store) LoadImage(ctx context.Context, archive io.Reader, others ...Other) ([]sandbox.Image, error) {
+	images, err := s.load(ctx, archive, others)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
@@ -29,7 +30,7 @@ func (s *Store) LoadImage(ctx context.Context, archive io.Reader) ([]sandbox.Ima
 	return images, nil
 }
 
-func (s *Store) load(ctx context.Context, archive io.Reader) (_ []sandbox.Image, err error) {
+func (s *Store) load(ctx context.Context, archive io.Reader, others []Other) (_ []sandbox.Image, err error) {
 	st, err := s.newStage(ctx)
 	if err != nil {
 		return nil, err
@@ -39,7 +40,11 @@ func (s *Store) load(ctx context.Context, archive io.Reader) (_ []sandbox.Image,
 	if err != nil {
 		return nil, err
 	}
-	images, err := contents.images(st, s.Arch)
+	archs := []string{s.Arch}
+	for _, other := range others {
+		archs = append(archs, other.Arch)
+	}
+	images, err := contents.images(st, archs)
 	if err != nil {
 		return nil, err
 	}

@@ -35,16 +35,17 @@ const (
 
 // PullImage is as in sandbox.ImageStore. Credentials are those of docker login
 // and podman login. Of an image for several platforms that of linux and Arch is
-// fetched. If the registry does not have it the error wraps ErrNotFound, if it
+// fetched, or if there is none that of the first of the others that is not
+// missing. If the registry does not have it the error wraps ErrNotFound, if it
 // does not let it be fetched ErrDenied, and if it does not answer ErrUnavailable.
-func (s *Store) PullImage(ctx context.Context, ref string, progress func(string)) (sandbox.Image, error) {
+func (s *Store) PullImage(ctx context.Context, ref string, progress func(string), others ...Other) (sandbox.Image, error) {
 	repository, at, full, err := parseRemote(ref)
 	if err != nil {
 		return sandbox.Image{}, sandbox.Invalidf(referenceField, "%s: %v", clip(ref), err)
 	}
 	limited, cancel := context.WithTimeout(ctx, pullLimit)
 	defer cancel()
-	image, err := s.pull(limited, repository, at, full, progress)
+	image, err := s.pull(limited, repository, at, full, progress, others)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return sandbox.Image{}, ctx.Err()
@@ -85,7 +86,7 @@ func parseRemote(ref string) (repository name.Repository, at name.Reference, ful
 	return repository, at, full, nil
 }
 
-func (s *Store) pull(ctx context.Context, repository name.Repository, at name.Reference, full string, progress func(string)) (_ sandbox.Image, err error) {
+func (s *Store) pull(ctx context.Context, repository name.Repository, at name.Reference, full string, progress func(string), others []Other) (_ sandbox.Image, err error) {
 	puller, err := remote.NewPuller(remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithUserAgent("choiros-agent"))
 	if err != nil {
 		return sandbox.Image{}, err
@@ -95,7 +96,7 @@ func (s *Store) pull(ctx context.Context, repository name.Repository, at name.Re
 		return sandbox.Image{}, err
 	}
 	defer func() { err = errors.Join(err, st.close()) }()
-	p := &pull{store: s, stage: st, puller: puller, repository: repository, progress: progress}
+	p := &pull{store: s, stage: st, puller: puller, repository: repository, progress: progress, others: others}
 	progress("Pulling " + full)
 	image, err := p.image(ctx, at)
 	if err != nil {
@@ -117,6 +118,7 @@ type pull struct {
 	puller     *remote.Puller
 	repository name.Repository
 	progress   func(string)
+	others     []Other
 }
 
 // image fetches all parts of an image into the stage.
@@ -182,18 +184,45 @@ func (p *pull) platform(ctx context.Context, fetched *remote.Descriptor) (*remot
 	if err := json.Unmarshal(fetched.Manifest, &index); err != nil {
 		return nil, fmt.Errorf("%w: index: %w", sandbox.ErrCorrupt, err)
 	}
-	var others []string
+	linux := map[string]v1.Descriptor{}
+	var has []string
 	for _, d := range index.Manifests {
-		switch {
-		case d.Platform == nil || d.Platform.OS == "unknown":
-		case d.Platform.OS == "linux" && d.Platform.Architecture == p.store.Arch:
-			inner, err := p.puller.Get(ctx, p.repository.Digest(d.Digest.String()))
-			return inner, registryProblem(err)
-		case len(others) < maxXattrs:
-			others = append(others, clipWord(d.Platform.OS)+"/"+clipWord(d.Platform.Architecture))
+		if d.Platform == nil || d.Platform.OS == "unknown" {
+			continue
+		}
+		if _, twice := linux[d.Platform.Architecture]; d.Platform.OS == "linux" && !twice {
+			linux[d.Platform.Architecture] = d
+		}
+		if len(has) < maxXattrs {
+			has = append(has, clipWord(d.Platform.OS)+"/"+clipWord(d.Platform.Architecture))
 		}
 	}
-	return nil, sandbox.Invalidf(referenceField, "the image is there for %s, and not for linux/%s", strings.Join(others, ", "), p.store.Arch)
+	d, err := p.choose(linux)
+	if err != nil {
+		return nil, sandbox.Invalidf(referenceField, "the image is there for %s, and %v", strings.Join(has, ", "), err)
+	}
+	inner, err := p.puller.Get(ctx, p.repository.Digest(d.Digest.String()))
+	return inner, registryProblem(err)
+}
+
+// choose returns the image that is wanted, of those for linux by architecture.
+func (p *pull) choose(linux map[string]v1.Descriptor) (v1.Descriptor, error) {
+	if d, ok := linux[p.store.Arch]; ok {
+		return d, nil
+	}
+	problem := fmt.Errorf("not for linux/%s", p.store.Arch)
+	for _, other := range p.others {
+		d, ok := linux[other.Arch]
+		if !ok {
+			continue
+		}
+		missing := other.missing()
+		if missing == nil {
+			return d, nil
+		}
+		problem = fmt.Errorf("%w: %w", problem, missing)
+	}
+	return v1.Descriptor{}, problem
 }
 
 // layers fetches layers, several at a time, and notes where they are.

@@ -141,19 +141,25 @@ func TestPull(t *testing.T) {
 	wantWhole(t, s.dir)
 }
 
-func TestPullChoosesThePlatform(t *testing.T) {
-	t.Parallel()
-	registry := newServer(t)
+// pushIndex puts an image for several platforms of linux into the registry.
+func (s *server) pushIndex(t *testing.T, repository string, archs ...string) {
+	t.Helper()
 	index := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
-	for _, arch := range []string{"s390x", "arm64", "amd64"} {
+	for _, arch := range archs {
 		blobs, d := spec{arch: arch, layers: [][]byte{layerOf(t, text("arch", arch))}}.blobsOf(t)
-		registry.push(t, "multi", d.Digest.String(), blobs, d)
+		s.push(t, repository, d.Digest.String(), blobs, d)
 		d.Platform = &v1.Platform{OS: "linux", Architecture: arch}
 		index.Manifests = append(index.Manifests, d)
 	}
 	content := encode(t, index)
 	d := v1.Descriptor{MediaType: types.OCIImageIndex, Digest: v1.Hash{Algorithm: "sha256", Hex: hexOf(digestOf(content))}}
-	registry.push(t, "multi", "latest", map[string][]byte{d.Digest.String(): content}, d)
+	s.push(t, repository, "latest", map[string][]byte{d.Digest.String(): content}, d)
+}
+
+func TestPullChoosesThePlatform(t *testing.T) {
+	t.Parallel()
+	registry := newServer(t)
+	registry.pushIndex(t, "multi", "s390x", "arm64", "amd64")
 	for _, arch := range []string{"amd64", "arm64"} {
 		s := open(t)
 		s.Arch = arch
@@ -169,6 +175,45 @@ func TestPullChoosesThePlatform(t *testing.T) {
 	_, err := s.PullImage(t.Context(), registry.host+"/multi", silent)
 	if !errors.Is(err, sandbox.ErrInvalid) || !strings.Contains(err.Error(), "riscv64") || !strings.Contains(err.Error(), "linux/s390x") {
 		t.Errorf("%v", err)
+	}
+}
+
+func TestPullTakesAnotherPlatformOnlyIfItCanRun(t *testing.T) {
+	t.Parallel()
+	registry := newServer(t)
+	registry.pushIndex(t, "both", "amd64", "arm64")
+	registry.pushIndex(t, "foreign", "s390x", "amd64")
+	there := Other{Arch: "amd64"}
+	missing := Other{Arch: "amd64", Missing: func() error { return errors.New("the translator is missing; install it") }}
+	pull := func(repository string, others ...Other) (string, error) {
+		s := open(t)
+		s.Arch = "arm64"
+		image, err := s.PullImage(t.Context(), registry.host+"/"+repository, silent, others...)
+		if err != nil {
+			if left := filesOf(t, s); len(left) > 1 {
+				t.Errorf("%s: left are %v", repository, left)
+			}
+			return "", err
+		}
+		resolved, err := s.Resolve(t.Context(), image.ID, "arm64", others...)
+		return resolved.Architecture, err
+	}
+	for _, others := range [][]Other{nil, {there}, {missing}} {
+		if arch, err := pull("both", others...); err != nil || arch != "arm64" {
+			t.Errorf("with its own there: %q, %v", arch, err)
+		}
+	}
+	if arch, err := pull("foreign", there); err != nil || arch != "amd64" {
+		t.Errorf("without its own: %q, %v", arch, err)
+	}
+	for want, others := range map[string][]Other{
+		"the image is there for linux/s390x, linux/amd64, and not for linux/arm64":                                        nil,
+		"the image is there for linux/s390x, linux/amd64, and not for linux/arm64: the translator is missing; install it": {missing},
+	} {
+		_, err := pull("foreign", others...)
+		if wrong, ok := errors.AsType[*sandbox.FieldError](err); !ok || wrong.Problem != want || !errors.Is(err, sandbox.ErrInvalid) {
+			t.Errorf("%v, want %s", err, want)
+		}
 	}
 }
 

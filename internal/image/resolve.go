@@ -25,13 +25,39 @@ type Resolved struct {
 	Volumes      []string // paths, sorted
 }
 
+// Other is an architecture whose images can run beside those of the one that is
+// wanted, in the same machine.
+type Other struct {
+	Arch string // GOARCH
+	// Missing says, whenever such an image is wanted, why it cannot run at
+	// present, and what mends that; nil, the function or what it returns: it can.
+	Missing func() error
+}
+
+func (o Other) missing() error {
+	if o.Missing == nil {
+		return nil
+	}
+	return o.Missing()
+}
+
+// ofArch is the one for an architecture, if there is one.
+func ofArch(others []Other, arch string) (Other, bool) {
+	i := slices.IndexFunc(others, func(o Other) bool { return o.Arch == arch })
+	if i < 0 {
+		return Other{}, false
+	}
+	return others[i], true
+}
+
 // imageField is what errors call the image of a sandbox.
 const imageField = "spec.image"
 
 // Resolve returns the image that a reference means: a name, the id of a
 // configuration or the digest of a manifest. If there is none the error wraps
-// ErrNotFound, and if it is for another architecture ErrInvalid. It never pulls.
-func (s *Store) Resolve(ctx context.Context, reference, arch string) (resolved Resolved, err error) {
+// ErrNotFound, and if it is for another architecture than arch, and than those
+// others that are not missing, ErrInvalid. It never pulls.
+func (s *Store) Resolve(ctx context.Context, reference, arch string, others ...Other) (resolved Resolved, err error) {
 	err = s.locked(ctx, shared, func() error {
 		records, err := s.records()
 		if err != nil {
@@ -55,9 +81,16 @@ func (s *Store) Resolve(ctx context.Context, reference, arch string) (resolved R
 		return Resolved{}, ctx.Err()
 	case err != nil:
 		return Resolved{}, fmt.Errorf("image %s: %w", reference, err)
-	case resolved.Architecture != arch:
+	case resolved.Architecture == arch:
+		return resolved, nil
+	}
+	other, ok := ofArch(others, resolved.Architecture)
+	if !ok {
 		return Resolved{}, sandbox.Invalidf(imageField, "image %s is for %s and cannot run on %s; load or pull it for linux/%s",
 			reference, clipWord(resolved.Architecture), arch, arch)
+	}
+	if err := other.missing(); err != nil {
+		return Resolved{}, sandbox.Invalidf(imageField, "image %s is for linux/%s, and machines here are linux/%s: %v", reference, other.Arch, arch, err)
 	}
 	return resolved, nil
 }

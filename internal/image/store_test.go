@@ -289,6 +289,27 @@ func TestArchitectureIsChosen(t *testing.T) {
 	if got, err := s.Resolve(t.Context(), "multi:1", "arm64"); err != nil || got.Architecture != "arm64" {
 		t.Errorf("%+v, %v", got, err)
 	}
+	// Where there is none of the machine's own, that which can run in it is kept.
+	s = open(t)
+	s.Arch = "riscv64"
+	isMissing := errors.New("the translator is missing; install it")
+	var missing error
+	other := Other{Arch: "amd64", Missing: func() error { return missing }}
+	if _, err := s.LoadImage(t.Context(), bytes.NewReader(archive), other); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.Resolve(t.Context(), "multi:1", "riscv64", other); err != nil || got.Architecture != "amd64" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	missing = isMissing
+	_, err = s.Resolve(t.Context(), "multi:1", "riscv64", other)
+	want := "image multi:1 is for linux/amd64, and machines here are linux/riscv64: the translator is missing; install it"
+	if wrong, ok := errors.AsType[*sandbox.FieldError](err); !ok || wrong.Field != "spec.image" || wrong.Problem != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+	if _, err := s.Resolve(t.Context(), "multi:1", "riscv64"); !errors.Is(err, sandbox.ErrInvalid) {
+		t.Errorf("where nothing else can run: %v", err)
+	}
 }
 
 func TestLoadOfTheCorruptAddsNothing(t *testing.T) {

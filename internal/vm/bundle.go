@@ -39,13 +39,15 @@ var (
 // bundle is something that boots: the guest kit, or a guest of somebody else's.
 // docs/guest-kit.md says what the fields mean. Paths are absolute once read.
 type bundle struct {
-	Arch          string       `json:"arch"`
+	Arch string `json:"arch"`
+	// Kernel is empty if a firmware boots the disks.
 	Kernel        string       `json:"kernel"`
 	Vmlinux       string       `json:"vmlinux,omitempty"`
 	Initrd        string       `json:"initrd"`
 	Cmdline       string       `json:"cmdline"`
 	KernelVersion string       `json:"kernel_version"`
 	Disks         []bundleDisk `json:"disks"`
+	Modules       []string     `json:"modules,omitempty"`
 }
 
 // bundleDisk is a disk of a bundle's.
@@ -91,7 +93,11 @@ func readBundle(dir, arch string) (bundle, error) {
 			return b, fmt.Errorf("%s: %s: %w", file, field.name, err)
 		}
 	}
-	return b, checkKernel(b.Kernel, b.Arch)
+	if b.Kernel == "" {
+		return b, nil
+	}
+	_, err = ReadKernel(b.Kernel, b.Arch)
+	return b, err
 }
 
 // readSmall reads the file that describes a bundle, whatever is in its place.
@@ -119,8 +125,10 @@ func (b bundle) check(arch string) error {
 	switch {
 	case b.Arch != arch:
 		return fmt.Errorf("arch: it is for %q, and guests here are %s", b.Arch, arch)
-	case b.Kernel == "":
-		return errors.New("kernel: it names none")
+	case b.Kernel == "" && b.Vmlinux+b.Initrd+b.Cmdline != "":
+		return errors.New("kernel: it names none, to which its vmlinux, initrd or cmdline could belong")
+	case b.Kernel == "" && len(b.Disks) == 0:
+		return errors.New("kernel: it names none, and no disks that a firmware could boot")
 	case strings.ContainsFunc(b.Cmdline, unicode.IsControl):
 		return errors.New("cmdline: it has control characters")
 	case len(b.Cmdline) > maxCmdline:
@@ -154,8 +162,8 @@ type bundleField struct {
 
 // files are the fields that name files, but for those that need not and do not.
 func (b *bundle) files() []bundleField {
-	fields := []bundleField{{"kernel", &b.Kernel}}
-	for _, optional := range []bundleField{{"vmlinux", &b.Vmlinux}, {"initrd", &b.Initrd}} {
+	var fields []bundleField
+	for _, optional := range []bundleField{{"kernel", &b.Kernel}, {"vmlinux", &b.Vmlinux}, {"initrd", &b.Initrd}} {
 		if *optional.file != "" {
 			fields = append(fields, optional)
 		}
@@ -182,8 +190,8 @@ func inBundle(dir, name string) (string, error) {
 // kit reads the guest kit, which images are booted with.
 func (d *Driver) kit() (bundle, error) {
 	kit, err := readBundle(d.cfg.Kit, d.cfg.Arch)
-	if err == nil && kit.Initrd == "" {
-		err = errors.New("it has no initrd")
+	if err == nil && (kit.Kernel == "" || kit.Initrd == "") {
+		err = errors.New("it has no kernel or no initrd")
 	}
 	if err == nil {
 		return kit, nil

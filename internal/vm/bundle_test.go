@@ -78,7 +78,9 @@ func TestBundleThatIsNoneIsRefused(t *testing.T) {
 		"too long":             {`{` + fine + `}` + strings.Repeat(" ", maxBundleFile), "is longer than 1048576 bytes"},
 		"no architecture":      {`{"kernel": "kernel"}`, `arch: it is for "", and guests here are amd64`},
 		"another architecture": {`{"arch": "arm64", "kernel": "kernel"}`, `arch: it is for "arm64", and guests here are amd64`},
-		"no kernel":            {`{"arch": "amd64"}`, "kernel: it names none"},
+		"no kernel, nor disks": {`{"arch": "amd64"}`, "kernel: it names none, and no disks that a firmware could boot"},
+		"an initrd alone":      {`{"arch": "amd64", "initrd": "initrd", "disks": [{"file": "root.img", "serial": "a"}]}`, "kernel: it names none, to which"},
+		"a command line alone": {`{"arch": "amd64", "cmdline": "quiet", "disks": [{"file": "root.img", "serial": "a"}]}`, "kernel: it names none, to which"},
 		"an absent kernel":     {`{"arch": "amd64", "kernel": "vmlinuz"}`, "kernel: stat "},
 		"a folder":             {`{"arch": "amd64", "kernel": "sub"}`, "sub is not a regular file"},
 		"what is no kernel":    {`{"arch": "amd64", "kernel": "initrd"}`, "no kernel in a format that is known here"},
@@ -109,6 +111,60 @@ func TestBundleThatIsNoneIsRefused(t *testing.T) {
 				t.Errorf("%v; want %q, and where", err, tc.want)
 			}
 		})
+	}
+}
+
+// TestBundleThatItsFirmwareBoots is a machine where there is such a firmware,
+// and refused before anything is made where there is none.
+func TestBundleThatItsFirmwareBoots(t *testing.T) {
+	t.Parallel()
+	dir := bundleDir(t, `{"arch": "amd64", "disks": [{"file": "root.img", "serial": "root", "writable": true}]}`)
+	ref := sandbox.Ref{ID: "efi", Dir: filepath.Join(t.TempDir(), "efi")}
+	spec := sandbox.Spec{Driver: "vm", Machine: filepath.Base(dir), Resources: sandbox.Resources{CPUMillis: 1000}}
+	for _, firmware := range []bool{false, true} {
+		d, err := New(DriverConfig{Root: filepath.Join(t.TempDir(), "vm"), Arch: "amd64", Bundles: filepath.Dir(dir), Firmware: firmware})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = d.Create(t.Context(), ref, spec)
+		if !firmware {
+			field, ok := errors.AsType[*sandbox.FieldError](err)
+			if !ok || field.Field != "spec.machine" || !strings.Contains(field.Problem, bundleFile+" names no kernel") {
+				t.Errorf("created: %v; want the field spec.machine", err)
+			}
+			if _, err := os.Lstat(filepath.Join(d.cfg.Root, "boxes", ref.ID)); err == nil {
+				t.Error("there is a box of what was refused")
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		box, err := d.boxes().Box(ref.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.prepare(box); err != nil {
+			t.Fatal(err)
+		}
+		var boot bundle
+		if found, err := box.Load(bootRecord, &boot); !found || err != nil || boot.Kernel+boot.Initrd+boot.Cmdline != "" {
+			t.Errorf("it boots %+v, %v", boot, err)
+		}
+		if copied, err := os.ReadFile(boot.Disks[0].path(box)); err != nil || string(copied) != "r" {
+			t.Errorf("its disk is %q, %v", copied, err)
+		}
+	}
+}
+
+func TestKitWithoutAKernelIsNone(t *testing.T) {
+	t.Parallel()
+	d := &Driver{cfg: DriverConfig{
+		Arch: "amd64", Firmware: true,
+		Kit: bundleDir(t, `{"arch": "amd64", "disks": [{"file": "root.img", "serial": "a"}]}`),
+	}}
+	if kit, err := d.kit(); err == nil || !strings.Contains(err.Error(), "it has no kernel or no initrd") {
+		t.Errorf("%+v, %v", kit, err)
 	}
 }
 

@@ -163,21 +163,28 @@ func (c *console) close() {
 	}
 }
 
-// maxLastWords is how much of the end of a console is looked at, in bytes.
+// maxLastWords is how much of the end of a console is looked at, in bytes, for
+// what kernels can outlive.
 const maxLastWords = 8 << 10
 
 // lastWords is the line that says most about why a machine has ended: that of
-// the kernel's panic, or of guestd's trouble, or else the last.
+// the kernel's panic or restart, which another boot may have followed, or of
+// guestd's trouble, or else the last.
 func (c *console) lastWords() string {
 	c.drain()
 	said, err := os.ReadFile(c.path)
 	if err != nil {
 		return ""
 	}
+	for line := range strings.Lines(string(said)) {
+		if strings.Contains(line, "Kernel panic") || strings.Contains(line, "reboot: Restarting system") {
+			return strings.TrimSpace(printable(line))
+		}
+	}
 	last := ""
 	for line := range strings.Lines(string(said[max(0, len(said)-maxLastWords):])) {
 		line = strings.TrimSpace(printable(line))
-		if strings.Contains(line, "Kernel panic") || strings.Contains(line, "guestd: ") {
+		if strings.Contains(line, "guestd: ") {
 			return line
 		}
 		if line != "" {

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/choiros/agent/internal/guest/wire"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/shim"
 )
@@ -168,7 +169,7 @@ func takePassed(control []byte) (net.Conn, error) {
 	for _, message := range messages {
 		if fds, err := unix.ParseUnixRights(&message); err == nil && len(fds) == 1 {
 			unix.CloseOnExec(fds[0])
-			return newSocketConn(fds[0])
+			return wire.NewSocket(fds[0])
 		}
 	}
 	return nil, errors.New("no descriptor came with the answer")

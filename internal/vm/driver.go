@@ -27,6 +27,13 @@ type DriverConfig struct {
 	Bundles string
 	// Arch is GOARCH of guests.
 	Arch string
+	// Rosetta says why machines for arm64 cannot run images for amd64 by Rosetta
+	// at present, and what mends that; nil, what it returns: they can. It is
+	// asked whenever that matters. Nil, the function: no machine here ever can.
+	Rosetta func() error
+	// Firmware: machines whose bundle names no kernel are booted from their disks
+	// by a firmware that they have, EFI.
+	Firmware bool
 	// Shim are the arguments with which this program is a shim; see RunShim.
 	// The box's folder comes last.
 	Shim []string
@@ -78,6 +85,7 @@ func (d *Driver) Probe(ctx context.Context) (sandbox.Report, error) {
 		return sandbox.Report{}, fmt.Errorf("probe: %w", err)
 	}
 	report.Version += ", guest kernel " + kit.KernelVersion
+	d.reportRosetta(&report, kit)
 	// Processors and memory are the machine's size. What runs inside is
 	// counted by nobody.
 	report.Limits = sandbox.Limits{CPU: true, Memory: true}
@@ -95,12 +103,12 @@ func (d *Driver) List(ctx context.Context) ([]string, error) {
 
 // LoadImage implements sandbox.ImageStore.
 func (d *Driver) LoadImage(ctx context.Context, archive io.Reader) ([]sandbox.Image, error) {
-	return d.cfg.Images.LoadImage(ctx, archive)
+	return d.cfg.Images.LoadImage(ctx, archive, d.others()...)
 }
 
 // PullImage implements sandbox.ImageStore.
 func (d *Driver) PullImage(ctx context.Context, reference string, progress func(string)) (sandbox.Image, error) {
-	return d.cfg.Images.PullImage(ctx, reference, progress)
+	return d.cfg.Images.PullImage(ctx, reference, progress, d.others()...)
 }
 
 // Images implements sandbox.ImageStore.

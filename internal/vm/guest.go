@@ -73,6 +73,13 @@ func (l *life) greet(conn *wire.Conn) error {
 	before := l.guest.Load()
 	again := before != nil || l.savedKey != nil
 	if again && !l.knows(awake.GetKey()) {
+		if l.restarted(conn.NetConn(), &awake) {
+			select {
+			case l.rebooted <- struct{}{}:
+			default: // it has so before
+			}
+			return errors.New("the guest has restarted")
+		}
 		return errors.New("it does not know the machine's key")
 	}
 	answer := &guestv1.Machine{Protocol: wire.Protocol, Key: l.key}
@@ -89,6 +96,8 @@ func (l *life) greet(conn *wire.Conn) error {
 	if !l.guest.CompareAndSwap(before, conn) {
 		return errors.New("another called meanwhile")
 	}
+	boot := awake.GetBoot()
+	l.booted.Store(&boot)
 	if before != nil {
 		before.Close()
 	}
@@ -145,6 +154,9 @@ func (l *life) message() *guestv1.Machine {
 		m.Root = &guestv1.Root{ImageSerial: imageSerial, ImageType: "erofs", LayerSerial: layerSerial}
 		m.Workload = &guestv1.Workload{
 			Command: image.Command, Env: image.Env, User: image.User, WorkingDir: image.WorkingDir,
+		}
+		if image.rosetta(l.boot.Arch) {
+			m.Rosetta = &guestv1.Rosetta{Tag: RosettaTag}
 		}
 	} else {
 		spec := l.plan.Spec

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"strings"
 )
@@ -13,32 +14,76 @@ import (
 // kernelHead is how much of a kernel's file tells what it is, in bytes.
 const kernelHead = 0x206
 
-// checkKernel refuses a kernel that machines of an architecture do not boot.
-// One for arm64 has to be an Image that is not compressed: it does not unpack
-// itself, and Virtualization.framework does not do it either
-// (Documentation/arch/arm64/booting.rst). One for amd64 is a bzImage
-// (Documentation/arch/x86/boot.rst). The error says what the file is instead,
-// and how what boots is had from it.
-func checkKernel(path, arch string) error {
+// Kernel is what a kernel says of itself.
+type Kernel struct {
+	// PageKiB is the size of the pages that a kernel for arm64 takes memory in;
+	// 0: it does not say.
+	PageKiB int
+}
+
+// ReadKernel refuses a kernel that machines of an architecture do not boot, or
+// that is not all there as far as it says how long it is: hypervisors would take
+// anything, and the guest be silent. One for arm64 has to be an Image that is
+// not compressed: it does not unpack itself, and Virtualization.framework does
+// not do it either (Documentation/arch/arm64/booting.rst). One for amd64 is a
+// bzImage (Documentation/arch/x86/boot.rst). The error says what the file is
+// instead, and how what boots is had from it.
+func ReadKernel(path, arch string) (Kernel, error) {
+	wanted, form := kernelImage, "an uncompressed Image"
+	if arch == "amd64" {
+		wanted, form = kernelBzImage, "a bzImage"
+	}
+	found, err := readKernel(path, arch, wanted, form, func(_ *os.File, found kernelFile) (int64, error) { return found.least, nil })
+	return Kernel{PageKiB: found.pageKiB}, err
+}
+
+// CheckVmlinux is ReadKernel for the ELF file of Config.Vmlinux.
+func CheckVmlinux(path, arch string) error {
+	_, err := readKernel(path, arch, kernelELF, "an ELF file", func(file *os.File, _ kernelFile) (int64, error) { return elfLength(file) })
+	return err
+}
+
+// readKernel reads the head of a file that is to have a form, and as many bytes
+// as length says.
+func readKernel(path, arch string, wanted kernelForm, form string, length func(*os.File, kernelFile) (int64, error)) (kernelFile, error) {
 	file, err := os.Open(path)
 	if err != nil {
-		return fmt.Errorf("kernel: %w", err)
+		return kernelFile{}, fmt.Errorf("kernel: %w", err)
 	}
 	defer file.Close()
 	head := make([]byte, kernelHead)
 	n, err := io.ReadFull(file, head)
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-		return fmt.Errorf("kernel: %w", err)
+		return kernelFile{}, fmt.Errorf("kernel: %w", err)
 	}
 	found := kernelOf(head[:n])
-	wanted, form := kernelImage, "an uncompressed Image"
-	if arch == "amd64" {
-		wanted, form = kernelBzImage, "a bzImage"
+	if found.form != wanted {
+		return found, fmt.Errorf("kernel %s is not %s for %s: it is %s%s", path, form, arch, found.what, found.cure(arch))
 	}
-	if found.form == wanted {
-		return nil
+	info, err := file.Stat()
+	if err != nil {
+		return found, fmt.Errorf("kernel: %w", err)
 	}
-	return fmt.Errorf("kernel %s is not %s for %s: it is %s%s", path, form, arch, found.what, found.cure(arch))
+	if want, err := length(file, found); err != nil || info.Size() < want {
+		return found, errors.Join(fmt.Errorf("kernel %s is not all there; make it anew", path), err)
+	}
+	return found, nil
+}
+
+// elfLength is how long an ELF file is that has all that is to be loaded.
+func elfLength(file io.ReaderAt) (int64, error) {
+	kernel, err := elf.NewFile(file)
+	if err != nil {
+		return 0, err
+	}
+	defer kernel.Close()
+	var end uint64
+	for _, p := range kernel.Progs {
+		if p.Type == elf.PT_LOAD {
+			end = max(end, p.Off+p.Filesz)
+		}
+	}
+	return int64(min(end, math.MaxInt64)), nil //nolint:gosec // It is not greater.
 }
 
 // kernelForm is what a kernel's file is.
@@ -61,6 +106,10 @@ type kernelFile struct {
 	unpack string
 	// offset and size are of what an EFI program has packed in it, in bytes.
 	offset, size uint32
+	// least is how long a bzImage is at least, in bytes.
+	least int64
+	// pageKiB is Kernel.PageKiB.
+	pageKiB int
 }
 
 // kernelOf tells what a file with such a head is, by the marks of the formats.
@@ -70,9 +119,11 @@ func kernelOf(head []byte) kernelFile {
 	}
 	switch {
 	case has(56, "ARM\x64"):
-		return kernelFile{form: kernelImage, what: "an Image for arm64"}
+		// Bits 1 and 2 of its flags, which only old kernels do not set.
+		sizes := [...]int{0, 4, 16, 64}
+		return kernelFile{form: kernelImage, what: "an Image for arm64", pageKiB: sizes[head[24]>>1&3]}
 	case has(0x202, "HdrS"):
-		return kernelFile{form: kernelBzImage, what: "a bzImage for amd64"}
+		return kernelFile{form: kernelBzImage, what: "a bzImage for amd64", least: bzImageLength(head)}
 	case has(0, elf.ELFMAG):
 		return kernelFile{form: kernelELF, what: "an ELF file (vmlinux)"}
 	case has(0, "MZ") && has(4, "zimg") && len(head) >= 56:
@@ -90,6 +141,15 @@ func kernelOf(head []byte) kernelFile {
 		}
 	}
 	return kernelFile{what: "no kernel in a format that is known here"}
+}
+
+// bzImageLength is how long a bzImage with such a head is at least.
+func bzImageLength(head []byte) int64 {
+	setup := int64(head[0x1f1]) // in sectors
+	if setup == 0 {
+		setup = 4
+	}
+	return (1+setup)*512 + 16*int64(binary.LittleEndian.Uint32(head[0x1f4:]))
 }
 
 // zboot is an EFI program that has an Image packed in it and unpacks that, with

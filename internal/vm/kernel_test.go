@@ -16,7 +16,7 @@ import (
 
 // marked is a file of zeros with marks at their offsets.
 func marked(marks map[int]string) []byte {
-	file := make([]byte, 1024)
+	file := make([]byte, 4096)
 	for offset, mark := range marks {
 		copy(file[offset:], mark)
 	}
@@ -70,16 +70,66 @@ func TestKernelThatDoesNotBootIsNamedWithItsCure(t *testing.T) {
 				t.Fatal(err)
 			}
 			for arch, want := range map[string]string{"arm64": tc.want.arm64, "amd64": tc.want.amd64} {
-				err := checkKernel(path, arch)
+				_, err := ReadKernel(path, arch)
 				if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want) || !strings.HasPrefix(err.Error(), "kernel "+path+" is not ")) {
 					t.Errorf("for %s: %v, want %q", arch, err, want)
 				}
 			}
 		})
 	}
-	if err := checkKernel(filepath.Join(t.TempDir(), "absent"), "arm64"); err == nil {
+	if _, err := ReadKernel(filepath.Join(t.TempDir(), "absent"), "arm64"); err == nil {
 		t.Error("a kernel that is not there boots")
 	}
+}
+
+func TestKernelSaysHowLargeItsPagesAre(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "kernel")
+	for flags, want := range map[string]int{"\x00": 0, "\x0a": 4, "\x0c": 16, "\x0e": 64, "\xf9\xff": 0} {
+		if err := os.WriteFile(path, marked(map[int]string{24: flags, 56: "ARM\x64"}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if kernel, err := ReadKernel(path, "arm64"); err != nil || kernel.PageKiB != want {
+			t.Errorf("flags %q: %d KiB, %v; want %d", flags, kernel.PageKiB, err, want)
+		}
+	}
+}
+
+func TestKernelThatIsNotAllThereIsRefused(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "kernel")
+	check := func(file []byte, read func() error, want string) {
+		t.Helper()
+		if err := os.WriteFile(path, file, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := read(); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	bzImage := func() error {
+		_, err := ReadKernel(path, "amd64")
+		return err
+	}
+	const cut = "is not all there; make it anew"
+	head := map[int]string{0x1f1: "\x02", 0x1f4: "\xa0\x00\x00\x00", 0x202: "HdrS"} // 3 sectors and 160 times 16 bytes
+	check(marked(head), bzImage, "")
+	check(marked(head)[:4095], bzImage, cut)
+	head[0x1f4] = "\xff\xff\xff\xff"
+	check(marked(head), bzImage, cut)
+
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	vmlinux := func() error { return CheckVmlinux(path, "amd64") }
+	check(program, vmlinux, "")
+	check(program[:64], vmlinux, cut)
+	check(marked(map[int]string{0x202: "HdrS"}), vmlinux, "is not an ELF file for amd64: it is a bzImage")
 }
 
 // TestBundleWithACompressedKernelIsRefused does so before anything is made.

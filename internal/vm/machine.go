@@ -74,6 +74,15 @@ type Staller interface {
 	Stalled() <-chan bool
 }
 
+// Rebooter is a Machine that does not end when its guest resets it, on purpose
+// or by a panic: the guest is booted anew in its place, and nothing tells.
+type Rebooter interface {
+	// SourcePort is the guest's own port of a connection that Listen's listener
+	// has accepted. The guest's kernel gives those below 1024 to processes with
+	// CAP_NET_BIND_SERVICE alone.
+	SourcePort(conn net.Conn) uint32
+}
+
 // Config is what a Machine is made of. Paths may be relative to Dir.
 type Config struct {
 	// Dir is a folder of this machine's alone, mode 0700: for sockets and
@@ -84,7 +93,8 @@ type Config struct {
 	CPUs      int
 	MemoryMiB int
 
-	// Kernel is uncompressed for arm64 (an Image), a bzImage for amd64.
+	// Kernel is uncompressed for arm64 (an Image), a bzImage for amd64; empty,
+	// as are Initrd and Cmdline then: a firmware boots the disks.
 	Kernel, Initrd, Cmdline string
 	// Vmlinux is the same kernel as an ELF file with an entry for PVH, for
 	// amd64; empty: there is none. A body that can starts it in Kernel's stead,
@@ -95,6 +105,10 @@ type Config struct {
 	// Disks are virtio block devices, in this order.
 	Disks  []Disk
 	Shares []Share
+	// Rosetta gives a machine for arm64 one share more, with the tag RosettaTag,
+	// in which the program rosetta runs programs for amd64. A body that has none
+	// refuses it.
+	Rosetta bool
 	// ShareUID and ShareGID are whom inside what this process's user has in
 	// shares belongs to, where that can be chosen; all that anybody inside
 	// makes there is that user's outside.

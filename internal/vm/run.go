@@ -118,6 +118,12 @@ type life struct {
 	// guest is guestd's own connection, once it has said that it is awake.
 	guest   atomic.Pointer[wire.Conn]
 	sending sync.Mutex
+	// booted is the boot that guestd has called from, as it says.
+	booted atomic.Pointer[string]
+	// rebooted is sent to when the guest has booted anew, lost why the machine
+	// can have no guestd any more.
+	rebooted chan struct{}
+	lost     chan string
 	// called is sent to whenever guestd has called, if nobody was told yet.
 	called chan struct{}
 	// held is sent what guestd says when it is still.
@@ -137,6 +143,7 @@ type life struct {
 // begin brings a new life to where its processors run.
 func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) error {
 	l.ended, l.slept = make(chan *guestv1.Ended, 1), make(chan string, 1)
+	l.rebooted, l.lost = make(chan struct{}, 1), make(chan string, 1)
 	l.called, l.held, l.stopped = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})
 	l.key = make([]byte, keyBytes)
 	_, _ = rand.Read(l.key) // never fails, see crypto/rand
@@ -170,6 +177,9 @@ func (l *life) begin(newMachine func(context.Context, Config) (Machine, error)) 
 		return err
 	}
 	l.tasks.Go(l.takeOrders)
+	if _, ok := l.machine.(Rebooter); ok {
+		l.tasks.Go(l.look)
+	}
 	return nil
 }
 
@@ -254,7 +264,7 @@ func (l *life) config() (Config, error) {
 	c := Config{
 		Dir: l.Box.Path(machineDir), Arch: l.boot.Arch, CPUs: l.plan.CPUs, MemoryMiB: l.plan.MemoryMiB,
 		Kernel: l.boot.Kernel, Vmlinux: l.boot.Vmlinux, Initrd: l.boot.Initrd, Cmdline: l.boot.Cmdline, Console: l.console.theirs,
-		ShareUID: l.plan.Owner.UID, ShareGID: l.plan.Owner.GID,
+		ShareUID: l.plan.Owner.UID, ShareGID: l.plan.Owner.GID, Rosetta: l.plan.Image.rosetta(l.boot.Arch),
 	}
 	if image := l.plan.Image; image != nil {
 		c.Disks = []Disk{
@@ -368,6 +378,10 @@ func (l *life) supervise() shim.End {
 			default:
 			}
 			return l.sleep(keyFile)
+		case <-l.rebooted:
+			return l.cut("the guest restarted")
+		case why := <-l.lost:
+			return l.cut(why)
 		case <-l.machine.Done():
 			return l.fell(detail, killed)
 		}

@@ -176,6 +176,9 @@ func (l *life) hibernate(keyFile string) error {
 	if len(l.plan.Shares) > 0 {
 		return fmt.Errorf("%w: it has shares", ErrCannotSave)
 	}
+	if l.plan.Image.rosetta(l.boot.Arch) {
+		return fmt.Errorf("%w: its image is for linux/%s, and Rosetta is a share", ErrCannotSave, rosettaGuest)
+	}
 	l.changing.Lock()
 	defer l.changing.Unlock()
 	if l.guest.Load() == nil || l.asleep {
@@ -310,6 +313,10 @@ func (d *Driver) CheckHibernate(spec sandbox.Spec) error {
 		if m.Kind != sandbox.MountDisk {
 			return fmt.Errorf("%s is a share, whose open files a memory that is restored cannot find again; keep data on a disk: %w", m.Target, sandbox.ErrUnsupported)
 		}
+	}
+	if d.usesRosetta(spec) {
+		return fmt.Errorf("%s is for linux/%s, and Rosetta is a share, whose open files a memory that is restored cannot find again: %w",
+			spec.Image, rosettaGuest, sandbox.ErrUnsupported)
 	}
 	if err := checkKeyDir(d.cfg.KeyDir); err != nil {
 		return fmt.Errorf("%w: %w", sandbox.ErrUnsupported, err)

@@ -89,7 +89,9 @@ type plan struct {
 // imagePlan is what is needed to know of an image.
 type imagePlan struct {
 	Digest string
-	Root   string // the file with its file system
+	// Arch is the image's; empty, in old records: the machine's.
+	Arch string `json:",omitempty"`
+	Root string // the file with its file system
 	// Command, Env, User and WorkingDir are the workload's, spec and image
 	// taken together.
 	Command    []string
@@ -159,10 +161,11 @@ func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (plan, image.Reso
 		p.Owner, _ = account.Of(spec.User)
 		return p, image.Resolved{}, nil
 	}
-	if _, err := d.kit(); err != nil {
+	kit, err := d.kit()
+	if err != nil {
 		return fail(err)
 	}
-	resolved, err := d.cfg.Images.Resolve(ctx, spec.Image, d.cfg.Arch)
+	resolved, err := d.cfg.Images.Resolve(ctx, spec.Image, d.cfg.Arch, d.others()...)
 	if errors.Is(err, sandbox.ErrNotFound) {
 		err = &sandbox.FieldError{
 			Field:   "spec.image",
@@ -173,7 +176,11 @@ func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (plan, image.Reso
 	if err != nil {
 		return fail(err)
 	}
-	p.Image, err = planImage(spec, resolved)
+	if p.Image, err = planImage(spec, resolved); err == nil && p.Image.rosetta(kit.Arch) {
+		if old := kit.checkRosetta(); old != nil {
+			err = sandbox.Invalidf("spec.image", "image %s is for linux/%s: %v", spec.Image, p.Image.Arch, old)
+		}
+	}
 	return p, resolved, err
 }
 
@@ -254,6 +261,9 @@ func (d *Driver) machine(spec sandbox.Spec) (bundle, error) {
 	if err != nil {
 		return bundle{}, sandbox.Invalidf(field, "%v", err)
 	}
+	if b.Kernel == "" && !d.cfg.Firmware {
+		return bundle{}, sandbox.Invalidf(field, "%s names no kernel, and machines here have no firmware that boots disks: name the kernel in it, and the initrd", filepath.Join(dir, bundleFile))
+	}
 	return b, nil
 }
 
@@ -270,7 +280,7 @@ func planImage(spec sandbox.Spec, resolved image.Resolved) (*imagePlan, error) {
 		entrypoint = nil // how a Dockerfile takes its base image's away
 	}
 	p := &imagePlan{
-		Digest: resolved.Digest, Command: slices.Concat(entrypoint, command), Env: map[string]string{},
+		Digest: resolved.Digest, Arch: resolved.Architecture, Command: slices.Concat(entrypoint, command), Env: map[string]string{},
 		User: resolved.User, WorkingDir: resolved.WorkingDir, StopSignal: sigTerm,
 	}
 	if len(p.Command) == 0 {

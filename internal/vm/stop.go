@@ -66,6 +66,10 @@ func (l *life) waited(end shim.End, deadline time.Time) shim.End {
 		select {
 		case <-l.machine.Done():
 			return end
+		case <-l.rebooted: // in the stead of going off
+			l.kill()
+			<-l.machine.Done()
+			return end
 		case grace := <-l.Stops:
 			if grace <= 0 {
 				l.kill()

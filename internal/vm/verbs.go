@@ -101,6 +101,11 @@ func (d *Driver) prepare(b shim.Box) error {
 		if boot, err = d.kit(); err != nil {
 			return err
 		}
+		if p.Image.rosetta(boot.Arch) {
+			if err := d.checkRosetta(boot); err != nil {
+				return &sandbox.UnavailableError{Err: fmt.Errorf("image %s is for linux/%s: %w", p.Spec.Image, p.Image.Arch, err)}
+			}
+		}
 	}
 	return b.Save(bootRecord, boot)
 }

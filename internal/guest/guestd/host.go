@@ -5,12 +5,9 @@ package guestd
 import (
 	"context"
 	"fmt"
-	"net"
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/mdlayher/vsock"
 
 	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
 	"github.com/choiros/agent/internal/guest/machine"
@@ -75,7 +72,7 @@ func (h *host) call(ctx context.Context) (*guestv1.Machine, error) {
 	deadline, _ := ctx.Deadline()
 	_ = raw.SetDeadline(deadline)
 	var m guestv1.Machine
-	if err = conn.Send(&guestv1.Awake{Protocol: wire.Protocol, Version: version.String(), Key: h.key}); err == nil {
+	if err = conn.Send(&guestv1.Awake{Protocol: wire.Protocol, Version: version.String(), Key: h.key, Boot: bootID()}); err == nil {
 		err = conn.ReceiveMessage(&m)
 	}
 	if err != nil {
@@ -100,22 +97,6 @@ func (h *host) callAgain(ctx context.Context) bool {
 		select {
 		case <-ctx.Done():
 			return false
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
-// dialHost connects to the shim, which may be slower to listen than guestd is
-// to start.
-func dialHost(ctx context.Context, port uint32) (net.Conn, error) {
-	for {
-		conn, err := vsock.Dial(hostCID, port, nil)
-		if err == nil {
-			return conn, nil
-		}
-		select {
-		case <-ctx.Done():
-			return nil, err
 		case <-time.After(20 * time.Millisecond):
 		}
 	}

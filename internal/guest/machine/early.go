@@ -70,7 +70,8 @@ func (fs kernelFS) mount() error {
 // Stages of loading modules, by what needs them; see modules/order in the kit.
 const (
 	StageChannel = "channel" // the connection to the host
-	stageRoot    = "root"    // what this package does
+	stageRoot    = "root"    // what this package does for every machine
+	stageRosetta = "rosetta" // what it does for one with Rosetta
 	StageLater   = "later"   // all that can wait
 )
 

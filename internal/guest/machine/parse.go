@@ -86,6 +86,23 @@ func checkName(what, name string) error {
 	return nil
 }
 
+// The beginning of a program's file for x86-64 (ELF, 64 bits, little-endian), and
+// which of its bits count: whatever the system's ABI, and whether or not it can
+// be loaded at any address (ET_EXEC, ET_DYN). It is the one that Apple has for
+// Rosetta; see "Running Intel Binaries in Linux VMs with Rosetta" in the
+// documentation of Virtualization.
+const (
+	x86Magic = `\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x3e\x00`
+	x86Mask  = `\xff\xff\xff\xff\xff\xfe\xfe\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff`
+)
+
+// rosettaRule has the kernel start a program in the stead of those for x86-64;
+// see Documentation/admin-guide/binfmt-misc.rst. F has it opened at once, C
+// keeps the rights of a program that has those of its owner.
+func rosettaRule(program string) string {
+	return ":rosetta:M::" + x86Magic + ":" + x86Mask + ":" + program + ":CF"
+}
+
 // hostsFile is /etc/hosts of a machine with a name and an address; either may
 // be empty.
 func hostsFile(hostname, address string) string {

@@ -1,6 +1,8 @@
 package machine
 
 import (
+	"debug/elf"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -64,6 +66,58 @@ func TestOOMKillsAreFound(t *testing.T) {
 			t.Errorf("%q: %d, want %d", text, got, want)
 		}
 	}
+}
+
+func TestRosettaIsForProgramsOfX86AndForNothingElse(t *testing.T) {
+	t.Parallel()
+	const want = `:rosetta:M::` +
+		`\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x3e\x00:` +
+		`\xff\xff\xff\xff\xff\xfe\xfe\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff:` +
+		`/rosetta/rosetta:CF`
+	rule := rosettaRule("/rosetta/rosetta")
+	if rule != want {
+		t.Errorf("got  %s\nwant %s", rule, want)
+	}
+	fields := strings.Split(rule, ":")
+	magic, mask := unescape(t, fields[4]), unescape(t, fields[5])
+	if len(magic) != 20 || len(mask) != len(magic) {
+		t.Fatalf("%d bytes of magic and %d of mask", len(magic), len(mask))
+	}
+	header := func(class elf.Class, abi elf.OSABI, kind elf.Type, machine elf.Machine) string {
+		ident := append([]byte(elf.ELFMAG), byte(class), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT), byte(abi), 0, 0, 0, 0, 0, 0, 0, 0)
+		return string(append(ident, byte(kind), 0, byte(machine), byte(machine>>8)))
+	}
+	for name, c := range map[string]struct {
+		head string
+		want bool
+	}{
+		"static":           {header(elf.ELFCLASS64, elf.ELFOSABI_NONE, elf.ET_EXEC, elf.EM_X86_64), true},
+		"at any address":   {header(elf.ELFCLASS64, elf.ELFOSABI_NONE, elf.ET_DYN, elf.EM_X86_64), true},
+		"ABI of Linux":     {header(elf.ELFCLASS64, elf.ELFOSABI_LINUX, elf.ET_EXEC, elf.EM_X86_64), true},
+		"for arm64":        {header(elf.ELFCLASS64, elf.ELFOSABI_NONE, elf.ET_EXEC, elf.EM_AARCH64), false},
+		"32 bits":          {header(elf.ELFCLASS32, elf.ELFOSABI_NONE, elf.ET_EXEC, elf.EM_386), false},
+		"32 bits, x86-64":  {header(elf.ELFCLASS32, elf.ELFOSABI_NONE, elf.ET_EXEC, elf.EM_X86_64), false},
+		"object, unlinked": {header(elf.ELFCLASS64, elf.ELFOSABI_NONE, elf.ET_REL, elf.EM_X86_64), false},
+		"core":             {header(elf.ELFCLASS64, elf.ELFOSABI_NONE, elf.ET_CORE, elf.EM_X86_64), false},
+		"script":           {"#!/bin/sh\nexit 0 ###\n", false},
+	} {
+		matches := true
+		for i := range magic {
+			matches = matches && (c.head[i]^magic[i])&mask[i] == 0
+		}
+		if matches != c.want {
+			t.Errorf("%s: %v", name, matches)
+		}
+	}
+}
+
+func unescape(t *testing.T, text string) string {
+	t.Helper()
+	plain, err := strconv.Unquote(`"` + text + `"`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return plain
 }
 
 func TestHostsNamesTheMachine(t *testing.T) {

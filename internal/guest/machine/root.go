@@ -49,6 +49,11 @@ func Make(m *guestv1.Machine, i *Initramfs, owner func() (uid, gid uint32), note
 	if err != nil {
 		return nil, err
 	}
+	if r := m.GetRosetta(); r != nil {
+		if err := mk.rosetta(r, i); err != nil {
+			return nil, fmt.Errorf("Rosetta: %w", err) //nolint:staticcheck // A name.
+		}
+	}
 	if i != nil {
 		if m.GetRoot() == nil {
 			return nil, errors.New("it is started from the guest kit, and there is no image to make its root from")

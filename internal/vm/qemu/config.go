@@ -26,6 +26,8 @@ func check(c vm.Config) error {
 		return errors.New("no folder for the machine")
 	case c.CPUs < 1 || c.CPUs > 255:
 		return fmt.Errorf("%d processors: not from 1 to 255", c.CPUs)
+	case c.Rosetta:
+		return errors.New("an image for amd64 cannot run in this machine: QEMU has no Rosetta; use an image for " + c.Arch)
 	case c.MemoryMiB < 32:
 		return fmt.Errorf("%d MiB of memory: less than 32", c.MemoryMiB)
 	case strings.ContainsRune(c.Cmdline, 0):

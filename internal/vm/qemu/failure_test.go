@@ -138,6 +138,7 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		`disk serial "a,b"`:                      func(c *vm.Config, _ *qemu.Options) { c.Disks = []vm.Disk{{Serial: "a,b", Path: noKernel}} },
 		"share a: " + noKernel + " is not":       func(c *vm.Config, _ *qemu.Options) { c.Shares = []vm.Share{{Tag: "a", Path: noKernel}} },
 		`"riscv64": architecture is not`:         func(c *vm.Config, _ *qemu.Options) { c.Arch = "riscv64" },
+		"QEMU has no Rosetta; use an image for":  func(c *vm.Config, _ *qemu.Options) { c.Rosetta = true },
 		"0 processors":                           func(c *vm.Config, _ *qemu.Options) { c.CPUs = 0 },
 		"/nowhere/qemu is not installed":         func(_ *vm.Config, o *qemu.Options) { o.QEMU = "/nowhere/qemu" },
 		`accelerator "magic"`:                    func(_ *vm.Config, o *qemu.Options) { o.Accelerator = "magic" },

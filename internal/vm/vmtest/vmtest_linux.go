@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,14 +30,25 @@ import (
 // shimFlag makes a test binary a shim.
 const shimFlag = "-vm-shim"
 
-// Main takes over if this process was started as a shim, and exits; else it
+// rebootingFlag makes it the shim of a machine that its guest can restart.
+const rebootingFlag = "-vm-shim-rebooting"
+
+// Main takes over if this process was started as a shim, and exits: of one whose
+// environment names a translator (image.TranslatorEnv) machines have that for
+// Rosetta. Else it
 // has twice as many tests run at once as there are processors, since those of
 // machines often wait. Call it in TestMain, before anything else.
 func Main() {
 	if len(os.Args) > 1 && os.Args[1] == shimFlag {
 		os.Exit(vm.RunShim(os.Args[2:], func(ctx context.Context, c vm.Config) (vm.Machine, error) {
+			if dir := os.Getenv(image.TranslatorEnv); c.Rosetta && dir != "" {
+				c.Rosetta, c.Shares = false, append(c.Shares, vm.Share{Tag: vm.RosettaTag, Path: dir, ReadOnly: true})
+			}
 			return qemu.New(ctx, c, qemu.Options{Accelerator: qemu.TCG, ShareUID: c.ShareUID, ShareGID: c.ShareGID})
 		}))
+	}
+	if len(os.Args) > 1 && os.Args[1] == rebootingFlag {
+		os.Exit(vm.RunShim(os.Args[2:], newRebooting))
 	}
 	// The command line, which is read later, may say otherwise.
 	if err := flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))); err != nil {
@@ -50,6 +62,52 @@ var probe = sync.OnceValues(func() (qemu.Report, error) {
 	defer cancel()
 	return qemu.Probe(ctx, qemu.Options{Accelerator: qemu.TCG})
 })
+
+// rebooting is a machine of QEMU's that is as Virtualization.framework's are: a
+// guest that resets it is booted anew. All that calls from inside is taken to
+// be privileged, since vhost-device-vsock does not tell who it is.
+type rebooting struct{ vm.Machine }
+
+func newRebooting(ctx context.Context, c vm.Config) (vm.Machine, error) {
+	const program = `#!/bin/sh
+for word; do
+	shift
+	[ "$word" = -no-reboot ] || set -- "$@" "$word"
+done
+exec qemu-system-x86_64 "$@"
+`
+	path := filepath.Join(c.Dir, "qemu") // which goes with the machine
+	if err := os.WriteFile(path, []byte(program), 0o700); err != nil {
+		return nil, err
+	}
+	m, err := qemu.New(ctx, c, qemu.Options{Accelerator: qemu.TCG, QEMU: path})
+	if err != nil {
+		return nil, err
+	}
+	return rebooting{m}, nil
+}
+
+// SourcePort implements vm.Rebooter.
+func (rebooting) SourcePort(net.Conn) uint32 { return 1 }
+
+// Dial implements vm.Machine. Whoever looks whether a guest is there, and has
+// less time than all others, is told so: vhost-device-vsock does not survive a
+// connection in the midst of a boot.
+func (r rebooting) Dial(ctx context.Context, port uint32) (net.Conn, error) {
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= 15*time.Second {
+		ours, theirs := net.Pipe()
+		return ours, theirs.Close()
+	}
+	return r.Machine.Dial(ctx, port)
+}
+
+// Rebooting is Config with machines that do not end when their guests reset
+// them, for guests of amd64.
+func Rebooting(root string) (vm.DriverConfig, error) {
+	config, err := Config(root, "amd64")
+	config.Shim = []string{rebootingFlag}
+	return config, err
+}
 
 // Open opens a driver on a folder, with the images beside it.
 func Open(root string) (*vm.Driver, error) { return OpenFor(root, runtime.GOARCH) }

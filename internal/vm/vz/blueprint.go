@@ -17,20 +17,17 @@ type Options struct {
 	// Home is a folder that is kept for as long as the sandbox is: a machine
 	// has its identifier there, and the variables of its firmware.
 	Home string
-	// Rosetta gives an arm64 machine on Apple silicon a share, with the tag
-	// RosettaTag, that has the program which runs those for x86-64. It is an
-	// error where Rosetta is not installed.
-	Rosetta bool
 }
-
-// RosettaTag is the tag of the share with Rosetta.
-const RosettaTag = "rosetta"
 
 // Names of what a machine has in Options.Home.
 const (
 	identifierFile = "machine-identifier"
 	variablesFile  = "efi-variables"
 )
+
+// mostPageKiB is the size of the largest pages that Apple silicon has: of the
+// granules of arm64 it lacks that of 64 KiB.
+const mostPageKiB = 16
 
 var (
 	serialForm = regexp.MustCompile(`^[a-z0-9-]{1,20}$`)
@@ -70,13 +67,13 @@ func draw(f framework, c vm.Config, options Options) (blueprint, error) {
 }
 
 // setArch refuses a machine of another architecture than this Mac's.
-func (b *blueprint) setArch(f framework, c vm.Config, options Options) error {
+func (b *blueprint) setArch(f framework, c vm.Config, _ Options) error {
 	host := f.GOARCH()
 	if c.Arch != host {
 		if c.Arch == "amd64" && host == "arm64" {
 			problem := &HostError{
 				Problem: "an x86-64 machine cannot run on Apple silicon",
-				Cure:    "use arm64; x86-64 programs run in an arm64 machine that has Rosetta",
+				Cure:    "use arm64; images for x86-64 run in an arm64 machine that has Rosetta",
 			}
 			if err := checkRosetta(f); err != nil {
 				return errors.Join(problem, err)
@@ -85,10 +82,10 @@ func (b *blueprint) setArch(f framework, c vm.Config, options Options) error {
 		}
 		return &HostError{Problem: fmt.Sprintf("a machine for %s cannot run on this Mac", c.Arch), Cure: "use " + host}
 	}
-	if !options.Rosetta {
+	if !c.Rosetta {
 		return nil
 	}
-	b.RosettaTag = RosettaTag
+	b.RosettaTag = vm.RosettaTag
 	return checkRosetta(f)
 }
 
@@ -134,6 +131,15 @@ func (b *blueprint) setBoot(_ framework, c vm.Config, options Options) error {
 		return err
 	}
 	b.Kernel, b.CommandLine = inDir(c, c.Kernel), c.Cmdline
+	switch kernel, err := vm.ReadKernel(b.Kernel, c.Arch); {
+	case err != nil:
+		return err
+	case kernel.PageKiB > mostPageKiB:
+		return &HostError{
+			Problem: fmt.Sprintf("the kernel %s has pages of %d KiB, and Apple silicon none above %d", b.Kernel, kernel.PageKiB, mostPageKiB),
+			Cure:    "take one that was built with CONFIG_ARM64_4K_PAGES or CONFIG_ARM64_16K_PAGES",
+		}
+	}
 	if c.Initrd == "" {
 		return nil
 	}

@@ -20,7 +20,7 @@ func TestBlueprintOfEverything(t *testing.T) {
 	s := newStandIn()
 	s.rosetta = rosettaInstalled
 	config, options := setup(t)
-	options.Rosetta = true
+	config.Rosetta = true
 	work, err := os.Open(os.DevNull)
 	if err != nil {
 		t.Fatal(err)
@@ -119,12 +119,12 @@ func TestRefusals(t *testing.T) {
 			c.Arch, s.rosetta = "amd64", rosettaNotInstalled
 		}, []string{"x86-64 machine cannot run", "\n", "softwareupdate --install-rosetta"}, nil},
 		"arm64 on Intel": {func(_ *testing.T, s *standIn, _ *vm.Config, _ *Options) { s.goarch = "amd64" }, []string{"arm64 cannot run", "use amd64"}, nil},
-		"Rosetta is not installed": {func(_ *testing.T, s *standIn, _ *vm.Config, o *Options) {
-			o.Rosetta, s.rosetta = true, rosettaNotInstalled
+		"Rosetta is not installed": {func(_ *testing.T, s *standIn, c *vm.Config, _ *Options) {
+			c.Rosetta, s.rosetta = true, rosettaNotInstalled
 		}, []string{"not installed", "softwareupdate --install-rosetta"}, nil},
-		"Rosetta is not there": {func(_ *testing.T, _ *standIn, _ *vm.Config, o *Options) { o.Rosetta = true }, []string{"no Rosetta", "use an arm64 image"}, nil},
-		"Rosetta on Intel": {func(_ *testing.T, s *standIn, c *vm.Config, o *Options) {
-			o.Rosetta, s.goarch, c.Arch = true, "amd64", "amd64"
+		"Rosetta is not there": {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Rosetta = true }, []string{"no Rosetta", "use an arm64 image"}, nil},
+		"Rosetta on Intel": {func(_ *testing.T, s *standIn, c *vm.Config, _ *Options) {
+			c.Rosetta, s.goarch, c.Arch = true, "amd64", "amd64"
 		}, []string{"Apple silicon"}, nil},
 		"a share that vanished": {func(t *testing.T, _ *standIn, c *vm.Config, _ *Options) {
 			c.Shares = []vm.Share{{Tag: "share0", Path: filepath.Join(t.TempDir(), "gone")}}
@@ -135,21 +135,44 @@ func TestRefusals(t *testing.T) {
 		"a tag twice": {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) {
 			c.Shares = []vm.Share{{Tag: "a", Path: c.Dir}, {Tag: "a", Path: c.Dir}}
 		}, []string{`share tag "a"`}, nil},
-		"Rosetta's tag": {func(_ *testing.T, s *standIn, c *vm.Config, o *Options) {
-			s.rosetta, o.Rosetta, c.Shares = rosettaInstalled, true, []vm.Share{{Tag: "rosetta", Path: c.Dir}}
+		"Rosetta's tag": {func(_ *testing.T, s *standIn, c *vm.Config, _ *Options) {
+			s.rosetta, c.Rosetta, c.Shares = rosettaInstalled, true, []vm.Share{{Tag: "rosetta", Path: c.Dir}}
 		}, []string{`share tag "rosetta"`}, nil},
-		"a serial":                   {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Disks[0].Serial = "Über" }, []string{`disk serial "Über"`}, nil},
-		"a disk that is gone":        {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Disks[1].Path = "gone.img" }, []string{"disk layer", "gone.img"}, fs.ErrNotExist},
-		"a disk that is a folder":    {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Disks[1].Path = c.Dir }, []string{"disk layer", "not a regular file"}, nil},
-		"a disk in use":              {func(t *testing.T, _ *standIn, c *vm.Config, _ *Options) { lock(t, c.Disks[1].Path) }, []string{"disk layer", "in use by another machine", "stop that"}, nil},
-		"no kernel there":            {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Kernel = "vmlinuz" }, []string{"kernel", "vmlinuz"}, fs.ErrNotExist},
+		"a serial":                {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Disks[0].Serial = "Über" }, []string{`disk serial "Über"`}, nil},
+		"a disk that is gone":     {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Disks[1].Path = "gone.img" }, []string{"disk layer", "gone.img"}, fs.ErrNotExist},
+		"a disk that is a folder": {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Disks[1].Path = c.Dir }, []string{"disk layer", "not a regular file"}, nil},
+		"a disk in use":           {func(t *testing.T, _ *standIn, c *vm.Config, _ *Options) { lock(t, c.Disks[1].Path) }, []string{"disk layer", "in use by another machine", "stop that"}, nil},
+		"no kernel there":         {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Kernel = "vmlinuz" }, []string{"kernel", "vmlinuz"}, fs.ErrNotExist},
+		"a kernel in gzip": {func(t *testing.T, _ *standIn, c *vm.Config, _ *Options) {
+			kernel(t, c, map[int]string{0: "\x1f\x8b\x08"})
+		}, []string{"kernel is not an uncompressed Image for arm64", "compressed with gzip", "gzip -dc"}, nil},
+		"a kernel in zstd": {func(t *testing.T, _ *standIn, c *vm.Config, _ *Options) {
+			kernel(t, c, map[int]string{0: "\x28\xb5\x2f\xfd"})
+		}, []string{"compressed with zstd", "zstd -dc"}, nil},
+		"a kernel that EFI unpacks": {func(t *testing.T, _ *standIn, c *vm.Config, _ *Options) {
+			kernel(t, c, map[int]string{0: "MZ", 4: "zimg", 24: "gzip"})
+		}, []string{"an EFI program with the Image packed in it", "take that out with tail"}, nil},
+		"a kernel for x86-64": {func(t *testing.T, _ *standIn, c *vm.Config, _ *Options) {
+			kernel(t, c, map[int]string{0x202: "HdrS"})
+		}, []string{"is not an uncompressed Image for arm64: it is a bzImage for amd64"}, nil},
+		"a kernel for arm64, on Intel": {func(_ *testing.T, s *standIn, c *vm.Config, _ *Options) {
+			s.goarch, c.Arch = "amd64", "amd64"
+		}, []string{"is not a bzImage for amd64: it is an Image for arm64"}, nil},
+		"a kernel that was cut off": {func(t *testing.T, s *standIn, c *vm.Config, _ *Options) {
+			kernel(t, c, map[int]string{0x1f1: "\x20", 0x202: "HdrS"})
+			s.goarch, c.Arch = "amd64", "amd64"
+		}, []string{"is not all there"}, nil},
+		"a kernel of large pages": {func(t *testing.T, _ *standIn, c *vm.Config, _ *Options) {
+			kernel(t, c, map[int]string{24: "\x0e", 56: "ARM\x64"})
+		}, []string{"pages of 64 KiB", "none above 16", "CONFIG_ARM64_4K_PAGES"}, nil},
 		"no initrd there":            {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Initrd = "initramfs" }, []string{"initrd"}, fs.ErrNotExist},
 		"a zero in the command line": {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Cmdline = "a\x00b" }, []string{"zero byte"}, nil},
 		"a group's address":          {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.MAC = net.HardwareAddr{1, 0, 0, 0, 0, 0} }, []string{"no address of an Ethernet device"}, nil},
 		"no home":                    {func(_ *testing.T, _ *standIn, _ *vm.Config, o *Options) { o.Home = "" }, []string{"no folder"}, nil},
 		"no state to restore":        {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Restore = "saved" }, []string{"state to restore"}, fs.ErrNotExist},
 		"a state, on macOS 13":       {func(_ *testing.T, s *standIn, c *vm.Config, _ *Options) { s.version, c.Restore = "13.6", "kernel" }, []string{"restore", "macOS 13.6 is too old", "macOS 14"}, vm.ErrCannotSave},
-		"a state, on Intel": {func(_ *testing.T, s *standIn, c *vm.Config, _ *Options) {
+		"a state, on Intel": {func(t *testing.T, s *standIn, c *vm.Config, _ *Options) {
+			kernel(t, c, map[int]string{0x202: "HdrS"})
 			s.goarch, c.Arch, c.Restore = "amd64", "amd64", "kernel"
 		}, []string{"Apple silicon alone"}, vm.ErrCannotSave},
 		"a state that no machine like this has": {func(_ *testing.T, s *standIn, c *vm.Config, _ *Options) {
@@ -181,6 +204,23 @@ func TestRefusals(t *testing.T) {
 				t.Errorf("the network was not taken over: %v", err)
 			}
 		})
+	}
+}
+
+// kernel replaces the kernel of a machine.
+func kernel(t *testing.T, c *vm.Config, marks map[int]string) {
+	t.Helper()
+	writeKernel(t, filepath.Join(c.Dir, c.Kernel), marks)
+}
+
+func TestKernelsOfAppleSilicon(t *testing.T) {
+	t.Parallel()
+	for _, flags := range []string{"\x00", "\x0a", "\x0c"} { // that do not say, of 4 KiB, of 16
+		config, options := setup(t)
+		kernel(t, &config, map[int]string{24: flags, 56: "ARM\x64"})
+		if _, err := draw(newStandIn(), config, options); err != nil {
+			t.Errorf("flags %q: %v", flags, err)
+		}
 	}
 }
 

@@ -23,5 +23,5 @@
 //     policy is kept by the network that a machine is given, and by nothing else.
 //
 // What it cannot: see that a guest has reset its machine. The framework starts
-// such a guest anew, and tells nobody.
+// such a guest anew, and tells nobody: it is a vm.Rebooter.
 package vz

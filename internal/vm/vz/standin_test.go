@@ -215,9 +215,12 @@ type standInDevice struct{ *standInMachine }
 
 // connection has the shape of vz.VirtioSocketConnection.
 type connection struct {
-	net.Conn // so that it has the methods
-	rawConn  net.Conn
+	net.Conn   // so that it has the methods
+	rawConn    net.Conn
+	sourcePort uint32
 }
+
+func (c *connection) SourcePort() uint32 { return c.sourcePort }
 
 // Connect is what the framework does: for a guest in which nothing listens
 // there it says that the connection was reset.
@@ -241,7 +244,7 @@ func (d standInDevice) Connect(port uint32) (net.Conn, error) {
 }
 
 func (d standInDevice) Listen(port uint32) (net.Listener, error) {
-	l := &standInListener{conns: make(chan net.Conn)}
+	l := &standInListener{conns: make(chan *connection)}
 	d.called("listen")
 	d.mu.Lock()
 	d.listeners[port] = l
@@ -252,7 +255,7 @@ func (d standInDevice) Listen(port uint32) (net.Listener, error) {
 // standInListener is like vz's: Accept does not return when it is closed.
 type standInListener struct {
 	net.Listener
-	conns  chan net.Conn
+	conns  chan *connection
 	mu     sync.Mutex
 	closed bool
 }
@@ -262,7 +265,7 @@ func (l *standInListener) Accept() (net.Conn, error) {
 	if !ok {
 		return nil, net.ErrClosed
 	}
-	return &connection{rawConn: conn}, nil
+	return conn, nil
 }
 
 func (l *standInListener) Close() error {
@@ -285,10 +288,10 @@ func (m *standInMachine) listener(port uint32) *standInListener {
 	return m.listeners[port]
 }
 
-// call is the guest's: it connects to a port of the host's.
-func (m *standInMachine) call(port uint32) net.Conn {
+// call is the guest's: it connects to a port of the host's, from one of its own.
+func (m *standInMachine) call(port, from uint32) net.Conn {
 	ours, theirs := connect()
-	m.listener(port).conns <- theirs
+	m.listener(port).conns <- &connection{rawConn: theirs, sourcePort: from}
 	return ours
 }
 
@@ -324,15 +327,28 @@ func connect() (a, b net.Conn) {
 func setup(t *testing.T) (vm.Config, Options) {
 	t.Helper()
 	dir, home := t.TempDir(), t.TempDir()
-	for _, name := range []string{"kernel", "initrd", "root.img", "layer.img"} {
+	for _, name := range []string{"initrd", "root.img", "layer.img"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(name), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
+	writeKernel(t, filepath.Join(dir, "kernel"), map[int]string{24: "\x0a", 56: "ARM\x64"}) // of 4 KiB pages, anywhere
 	return vm.Config{
 		Dir: dir, Arch: "arm64", CPUs: 2, MemoryMiB: 1024, Kernel: "kernel", Initrd: "initrd", Cmdline: "console=hvc0",
 		Disks: []vm.Disk{{Serial: "image", Path: "root.img", ReadOnly: true}, {Serial: "layer", Path: filepath.Join(dir, "layer.img")}},
 	}, Options{Home: home}
+}
+
+// writeKernel writes a file of zeros with marks at their offsets.
+func writeKernel(t *testing.T, path string, marks map[int]string) {
+	t.Helper()
+	file := make([]byte, 4096)
+	for offset, mark := range marks {
+		copy(file[offset:], mark)
+	}
+	if err := os.WriteFile(path, file, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // boot makes a machine, and starts it.

@@ -44,6 +44,7 @@ func TestBindingFitsVZ(t *testing.T) {
 				t.Errorf("nothing is wrong with %s in vz any more: take the exception away", knownError)
 			}
 			c.wantSocketField(t)
+			c.wantSourcePort(t)
 			if arch == "arm64" {
 				c.wantMistakesNoticed(t)
 			}
@@ -67,6 +68,15 @@ func (c *checker) wantSocketField(t *testing.T) {
 		}
 	}
 	t.Errorf("VirtioSocketConnection is %s, and newSocket looks for rawConn net.Conn", connection)
+}
+
+// wantSourcePort looks for the method of vz's that sourcePort calls.
+func (c *checker) wantSourcePort(t *testing.T) {
+	connection := types.NewPointer(c.done[vzPackage].Scope().Lookup("VirtioSocketConnection").Type())
+	method, _, _ := types.LookupFieldOrMethod(connection, false, nil, "SourcePort")
+	if method == nil || method.Type().String() != "func() uint32" {
+		t.Errorf("VirtioSocketConnection has %v, and sourcePort looks for SourcePort() uint32", method)
+	}
 }
 
 // wantMistakesNoticed makes mistakes in the binding, one at a time, which are

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"reflect"
 	"sync"
@@ -187,11 +188,32 @@ func (vsockAddr) String() string { return "vsock" }
 // socket is a connection to the guest: a socket of the kernel's, the framework's
 // process at its other end. It has CloseWrite and SyscallConn; and it is no
 // *net.UnixConn to whoever asks, since no descriptor can be passed over it.
-type socket struct{ *net.UnixConn }
+type socket struct {
+	*net.UnixConn
+	sourcePort uint32
+}
 
 func (socket) LocalAddr() net.Addr { return vsockAddr{} }
 
 func (socket) RemoteAddr() net.Addr { return vsockAddr{} }
+
+var _ vm.Rebooter = (*machine)(nil)
+
+// SourcePort implements vm.Rebooter.
+func (m *machine) SourcePort(conn net.Conn) uint32 {
+	if s, ok := conn.(socket); ok {
+		return s.sourcePort
+	}
+	return math.MaxUint32
+}
+
+// sourcePort is where a connection of vz's comes from.
+func sourcePort(conn net.Conn) uint32 {
+	if from, ok := conn.(interface{ SourcePort() uint32 }); ok {
+		return from.SourcePort()
+	}
+	return math.MaxUint32
+}
 
 // rawConnField is where vz.VirtioSocketConnection has its socket.
 const rawConnField = "rawConn"
@@ -206,7 +228,7 @@ func newSocket(conn net.Conn) (net.Conn, error) {
 		if field.IsValid() && field.Type() == reflect.TypeFor[net.Conn]() {
 			inner := *(*net.Conn)(unsafe.Pointer(field.UnsafeAddr()))
 			if unixConn, ok := inner.(*net.UnixConn); ok {
-				return socket{unixConn}, nil
+				return socket{unixConn, sourcePort(conn)}, nil
 			}
 		}
 	}

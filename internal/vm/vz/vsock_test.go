@@ -149,13 +149,19 @@ func TestGuestCallsTheHost(t *testing.T) {
 	if _, err := m.Listen(1026); !errors.Is(err, errStarted) {
 		t.Errorf("listen once it runs: %v", err)
 	}
-	guest := s.machine.call(1025)
+	guest := s.machine.call(1025, 700)
 	defer guest.Close()
 	conn, err := l.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
+	if port := m.SourcePort(conn); port != 700 {
+		t.Errorf("it comes from port %d", port)
+	}
+	if port := m.SourcePort(guest); port < 1024 {
+		t.Errorf("what nobody has called from is port %d", port)
+	}
 	if _, err := guest.Write([]byte("awake")); err != nil {
 		t.Fatal(err)
 	}
@@ -189,14 +195,14 @@ func TestGuestThatCallsAndCallsIsHungUpOn(t *testing.T) {
 	}
 	var kept []net.Conn
 	for range backlog {
-		kept = append(kept, s.machine.call(1025))
+		kept = append(kept, s.machine.call(1025, 700))
 	}
 	eventually(t, "as many as may wait do", func() bool {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		return len(m.listeners[0].conns) == backlog
 	})
-	surplus := s.machine.call(1025)
+	surplus := s.machine.call(1025, 700)
 	if _, err := surplus.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("one more: %v", err)
 	}
