@@ -140,6 +140,7 @@ type Forwarder struct {
 	// patience is the pause between two looks at a client that half-closed and
 	// waits for a sandbox to start.
 	patience time.Duration
+	began    time.Time
 
 	mu        sync.Mutex
 	closed    bool
@@ -175,7 +176,7 @@ func New(cfg Config) *Forwarder {
 		cfg: cfg, ctx: ctx, cancel: cancel, buffers: newBuffers(),
 		stall: 10 * time.Second, patience: 500 * time.Millisecond,
 		leases: map[key]*lease{}, sandboxes: map[string]*tally{},
-		released: map[key]uint64{},
+		released: map[key]uint64{}, began: time.Now(),
 	}
 	f.inherit(cfg.Inherited)
 	f.wg.Go(f.tick)
@@ -219,11 +220,15 @@ func (f *Forwarder) tick() {
 			for _, name := range f.inUse() {
 				f.cfg.Backend.Active(name)
 			}
-		case now := <-silent.C:
-			f.endSilentFlows(now)
+		case <-silent.C:
+			f.endSilentFlows()
 		}
 	}
 }
+
+// awake is a clock in nanoseconds that nobody sets, and that stands still while
+// the host sleeps: clients and sandboxes are not silent then.
+func (f *Forwarder) awake() int64 { return int64(time.Since(f.began)) }
 
 func (f *Forwarder) inUse() []string {
 	f.mu.Lock()
@@ -248,7 +253,12 @@ func (f *Forwarder) CutOff(sandbox string, generation uint64) {
 }
 
 // carrier is what carries: a connection or a flow.
-type carrier interface{ abort() }
+type carrier interface {
+	abort()
+	// relayed says that the sandbox's side is no socket of the sandbox's own but
+	// goes over some channel. It is asked once there is that side.
+	relayed() bool
+}
 
 // end moves the sandbox's cutoff and returns what it cuts off.
 func (f *Forwarder) end(sandbox string, generation uint64) []carrier {

@@ -34,6 +34,11 @@ type lease struct {
 	lastError string
 	lastWarn  time.Time
 	counters  Counts
+	// socket is what it listens on; nil: nothing. fault is what Verify found to
+	// be wrong with that, and tried is closed at the next attempt to bind.
+	socket socket
+	fault  error
+	tried  chan struct{}
 	// carriers has what is open, with the boot that it leads to; 0: it waits.
 	carriers map[carrier]uint64
 
@@ -210,7 +215,7 @@ func (f *Forwarder) pick(want Lease, tried map[uint16]bool) (port uint16, ok boo
 func (f *Forwarder) claim(want Lease) *lease {
 	l := &lease{
 		Lease: want, f: f, state: StateReserved, carriers: map[carrier]uint64{},
-		done: make(chan struct{}), gone: make(chan struct{}),
+		done: make(chan struct{}), gone: make(chan struct{}), tried: make(chan struct{}),
 	}
 	l.ctx, l.cancel = context.WithCancelCause(f.ctx)
 	f.leases[key{want.UDP, want.HostPort}] = l

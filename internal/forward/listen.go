@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,6 +41,7 @@ func (l *lease) serve(at netip.AddrPort, kept socket, first chan<- error) {
 		}
 		kept = nil
 		l.bound(err)
+		l.attempted(s)
 		if first != nil {
 			first <- err
 			first = nil
@@ -90,9 +92,13 @@ func (l *lease) serveOn(s socket) {
 		err = l.accept(s)
 	case *net.UDPConn:
 		err = l.receive(s)
+		l.endFlows()
 	}
 	if l.ctx.Err() == nil {
-		l.bound(err)
+		// A copy that a Keeper has would be in the way of the next.
+		shutdown(s)
+		l.forget()
+		l.bound(cmp.Or(l.broke(), err))
 	}
 }
 
@@ -160,6 +166,10 @@ func (l *lease) bind(at netip.AddrPort) (socket, error) {
 	var config net.ListenConfig
 	if at.Addr().IsLoopback() {
 		config.KeepAlive = -1 // of no use within one machine
+	} else {
+		// A client that is gone without a word, as after a sleep of either
+		// machine's, is found within 90 s.
+		config.KeepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 15 * time.Second, Count: 4}
 	}
 	family := "6"
 	if at.Addr().Is4() {

@@ -45,6 +45,8 @@ func (l *lease) accept(listener *net.TCPListener) error {
 			l.warn(fmt.Errorf("accept: %w", err))
 		case errors.Is(err, unix.EINVAL), errors.Is(err, net.ErrClosed):
 			return err // it listens no more
+		case !listens(listener):
+			return err // nor does it whatever the error
 		}
 		select {
 		case <-l.ctx.Done():
@@ -136,6 +138,9 @@ func (c *connection) direction(p *pump) {
 	c.lease.leave(c)
 	c.lease.f.cfg.Backend.Active(c.lease.Sandbox)
 }
+
+// relayed implements carrier.
+func (c *connection) relayed() bool { return c.guest.tcp == nil }
 
 // abort ends it with a reset, but for what the sandbox has sent to its end:
 // the kernel still delivers that.

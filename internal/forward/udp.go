@@ -23,6 +23,10 @@ const (
 	// failedPause is how long a client's datagrams are dropped after the sandbox
 	// could not be reached, before that is tried again.
 	failedPause = time.Second
+	// maxFailures in a row end a flow: each tells of a datagram that was lost, but
+	// sockets of macOS's were seen to fail for ever after a sleep, at once each
+	// time (containers/gvisor-tap-vsock issue 584). The next datagram begins anew.
+	maxFailures = 64
 )
 
 // flows are a UDP lease's, by client. A lock of their own, for each datagram
@@ -41,7 +45,9 @@ type flow struct {
 	queue  chan []byte
 	ctx    context.Context //nolint:containedctx // it is the flow's life, ended by abort
 	cancel context.CancelFunc
-	last   atomic.Int64 // when something was carried, in ns since 1970
+	last   atomic.Int64 // when something was carried, as Forwarder.awake has it
+	// passed says that the sandbox's side is a socket of the sandbox's own.
+	passed bool
 }
 
 // receive serves a socket until it is closed.
@@ -96,7 +102,7 @@ func (l *lease) receiveOne(socket *net.UDPConn) error {
 		l.dropped.Add(1)
 		return nil
 	}
-	fl.last.Store(time.Now().UnixNano())
+	fl.last.Store(l.f.awake())
 	select {
 	case fl.queue <- append([]byte(nil), (*buf)[:n]...):
 	default:
@@ -120,7 +126,7 @@ func (l *lease) flow(socket *net.UDPConn, client netip.AddrPort) *flow {
 		l.evict()
 	}
 	fl = &flow{lease: l, socket: socket, client: client, queue: make(chan []byte, flowQueue)}
-	fl.last.Store(time.Now().UnixNano())
+	fl.last.Store(l.f.awake())
 	fl.ctx, fl.cancel = context.WithCancel(l.ctx)
 	if err := l.enter(fl); err != nil {
 		fl.cancel()
@@ -155,7 +161,7 @@ func (l *lease) evict() {
 
 // endSilentFlows ends flows of all leases that nothing went through for
 // Config.FlowTimeout.
-func (f *Forwarder) endSilentFlows(now time.Time) {
+func (f *Forwarder) endSilentFlows() {
 	f.mu.Lock()
 	var leases []*lease
 	for k, l := range f.leases {
@@ -164,7 +170,7 @@ func (f *Forwarder) endSilentFlows(now time.Time) {
 		}
 	}
 	f.mu.Unlock()
-	before := now.Add(-f.cfg.FlowTimeout).UnixNano()
+	before := f.awake() - int64(f.cfg.FlowTimeout)
 	for _, l := range leases {
 		l.flows.mu.Lock()
 		for _, fl := range l.flows.byClient {
@@ -176,7 +182,19 @@ func (f *Forwarder) endSilentFlows(now time.Time) {
 	}
 }
 
+// endFlows ends all flows of a lease: they answer from its socket.
+func (l *lease) endFlows() {
+	l.flows.mu.Lock()
+	defer l.flows.mu.Unlock()
+	for _, fl := range l.flows.byClient {
+		fl.cancel()
+	}
+}
+
 func (fl *flow) abort() { fl.cancel() }
+
+// relayed implements carrier.
+func (fl *flow) relayed() bool { return !fl.passed }
 
 // run leads the flow into the sandbox and carries what the client sends.
 func (fl *flow) run() {
@@ -184,6 +202,7 @@ func (fl *flow) run() {
 	defer fl.over()
 	l.f.cfg.Backend.Active(l.Sandbox)
 	conn, generation, err := l.f.cfg.Backend.Connect(fl.ctx, l.Sandbox, l.GuestPort, true)
+	_, fl.passed = conn.(*net.UDPConn)
 	if err := l.connected(fl, generation, err); err != nil {
 		if conn != nil {
 			conn.Close()
@@ -196,7 +215,7 @@ func (fl *flow) run() {
 		return
 	}
 	// After the wait for the sandbox the silence begins anew.
-	fl.last.Store(time.Now().UnixNano())
+	fl.last.Store(l.f.awake())
 	var replies sync.WaitGroup
 	replies.Go(func() {
 		<-fl.ctx.Done()
@@ -286,6 +305,7 @@ func lost(err error) bool {
 func (fl *flow) reply(conn net.Conn) {
 	defer fl.cancel()
 	var raw syscall.RawConn
+	failures := 0
 	switch c := conn.(type) {
 	case *net.UDPConn:
 		raw, _ = c.SyscallConn()
@@ -298,13 +318,18 @@ func (fl *flow) reply(conn net.Conn) {
 				return
 			}
 		}
-		if err := fl.replyOne(conn); err != nil && !lost(err) {
-			return
-		}
+		err := fl.replyOne(conn)
 		if fl.ctx.Err() != nil {
 			return
 		}
-		fl.last.Store(time.Now().UnixNano())
+		if err == nil {
+			failures = 0
+			fl.last.Store(fl.lease.f.awake())
+			continue
+		}
+		if failures++; !lost(err) || failures == maxFailures {
+			return
+		}
 	}
 }
 

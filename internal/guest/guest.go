@@ -199,8 +199,10 @@ type Listener struct {
 const maxListeners = 256
 
 // WatchPorts calls see with what listens inside, at once and whenever it
-// changes, until ctx ends or the connection does.
-func (g *Guest) WatchPorts(ctx context.Context, see func([]Listener)) error {
+// changes, until ctx ends or the connection does. When leave ends, the guest is
+// asked to end the call. Nil says that it did: bytes still passed both ways over
+// a connection that may be old by then.
+func (g *Guest) WatchPorts(ctx, leave context.Context, see func([]Listener)) error {
 	const op = "watch the ports of"
 	conn, _, err := g.open(ctx, op, &guestv1.Request{Call: &guestv1.Request_WatchPorts{WatchPorts: &guestv1.WatchPorts{}}})
 	if err != nil {
@@ -208,9 +210,14 @@ func (g *Guest) WatchPorts(ctx context.Context, see func([]Listener)) error {
 	}
 	defer conn.Close()
 	defer conn.Bind(ctx)()
+	// What is not asked for ends a call, whatever it is.
+	defer context.AfterFunc(leave, func() { _, _ = conn.NetConn().Write([]byte{0}) })()
 	for {
 		var ports guestv1.Ports
 		if err := conn.ReceiveMessage(&ports); err != nil {
+			if _, said := errors.AsType[*wire.FailureError](err); leave.Err() != nil && (said || errors.Is(err, io.EOF)) {
+				return nil
+			}
 			return g.broken(ctx, op, err)
 		}
 		var listeners []Listener

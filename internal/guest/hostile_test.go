@@ -72,7 +72,7 @@ func calls(g *Guest) map[string]func(ctx context.Context) error {
 		"AwaitReady": func(ctx context.Context) error {
 			return g.AwaitReady(ctx, sandbox.Readiness{TCPPort: 80}, func(string) {})
 		},
-		"WatchPorts": func(ctx context.Context) error { return g.WatchPorts(ctx, func([]Listener) {}) },
+		"WatchPorts": func(ctx context.Context) error { return g.WatchPorts(ctx, ctx, func([]Listener) {}) },
 		"WatchStats": func(ctx context.Context) error {
 			return g.WatchStats(ctx, time.Second, func(*guestv1.Stats) error { return nil })
 		},

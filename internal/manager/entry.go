@@ -22,12 +22,17 @@ type entry struct {
 	// snap is what callers see; nil while there is nothing to see.
 	snap atomic.Pointer[Sandbox]
 	// final is the last snap of a sandbox that is gone.
-	final    atomic.Pointer[Sandbox]
-	activity atomic.Int64 // unix nanoseconds
+	final atomic.Pointer[Sandbox]
+	// activity was last seen then, by the clock that the host's sleep halts too:
+	// nobody is idle in his sleep, nor when the wall clock is set.
+	activity atomic.Pointer[time.Time]
 	// holds are the connections and calls that keep it from being idle.
 	holds atomic.Int64
 	// spares are those of the present life, or of one that is past.
 	spares atomic.Pointer[spares]
+	// link is to the guest of the present life, or of one that is past; nil:
+	// there was none yet.
+	link atomic.Pointer[link]
 	// admitted is true while the sandbox counts as one that runs.
 	admitted atomic.Bool
 
@@ -77,14 +82,17 @@ func (e *entry) lock(ctx context.Context) error {
 
 func (e *entry) unlock() { <-e.op }
 
-func (e *entry) touch(at time.Time) { e.activity.Store(at.UnixNano()) }
+func (e *entry) touch(at time.Time) { e.activity.Store(&at) }
 
 // lastActivity is now while anybody holds the sandbox.
 func (e *entry) lastActivity() time.Time {
 	if e.holds.Load() > 0 {
 		return time.Now()
 	}
-	return time.Unix(0, e.activity.Load())
+	if at := e.activity.Load(); at != nil {
+		return *at
+	}
+	return time.Time{}
 }
 
 // view returns the sandbox as it is now, the caller's to keep.

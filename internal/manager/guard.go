@@ -17,10 +17,12 @@ func (m *Manager) guard(drv sandbox.Driver, e *entry) {
 	e.stopGuard = cancel
 	generation := e.rec.Generation
 	if !e.rec.Paused { // else nobody inside answers
-		m.work.Go(func() { m.tend(ctx, drv, e, generation) })
+		l := &link{ctx: ctx, guest: m.guest(drv, e.name), generation: generation, kick: make(chan struct{}, 1)}
+		e.link.Store(l)
+		m.work.Go(func() { m.tend(e, l) })
 		ready := newSpares(generation)
 		e.spares.Store(ready)
-		m.work.Go(func() { ready.keep(ctx, m.guest(drv, e.name)) })
+		m.work.Go(func() { ready.keep(ctx, l.guest) })
 	}
 	m.work.Go(func() {
 		defer cancel()

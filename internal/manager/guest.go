@@ -11,7 +11,6 @@ import (
 
 	"github.com/choiros/agent/internal/guest"
 	"github.com/choiros/agent/internal/sandbox"
-	"github.com/choiros/agent/internal/store"
 )
 
 // entropyBytes is how much a booting guest is given for its kernel's pool.
@@ -23,12 +22,7 @@ const (
 	firstCall = time.Millisecond
 	lastCall  = 20 * time.Millisecond
 	lastLink  = 5 * time.Second
-	// linkCheck is how often a guestd is greeted.
-	linkCheck = 30 * time.Second
 )
-
-// unreachableAfter is how long a guestd may not answer before that is shown.
-const unreachableAfter = 3 * time.Second
 
 // guest is the way to a sandbox's guestd.
 func (m *Manager) guest(drv sandbox.Driver, name string) *guest.Guest {
@@ -217,112 +211,4 @@ func (b *bringUp) insist(ctx context.Context, call func() error) error {
 			return ctx.Err()
 		}
 	}
-}
-
-// tend keeps in touch with the guest of the present life until ctx ends: it
-// learns which guestd it is, what listens inside, and whether it answers.
-func (m *Manager) tend(ctx context.Context, drv sandbox.Driver, e *entry, generation uint64) {
-	g := m.guest(drv, e.name)
-	var silentSince time.Time
-	for pause := firstCall; ctx.Err() == nil; {
-		began := time.Now()
-		heard, err := m.listen(ctx, g, e, generation)
-		switch {
-		case ctx.Err() != nil || errors.Is(err, errStranger):
-			return
-		case heard:
-			m.unreachable(ctx, e, nil)
-			silentSince = time.Time{}
-		case silentSince.IsZero():
-			silentSince = began
-		}
-		if !silentSince.IsZero() && time.Since(silentSince) > unreachableAfter {
-			m.unreachable(ctx, e, err)
-		}
-		// However soon it hangs up, it is not called all the time.
-		if pause = min(2*pause, lastLink); time.Since(began) > lastLink {
-			pause = firstCall
-		}
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-		}
-	}
-}
-
-// errStranger is a life that this agent did not start.
-var errStranger = errors.New("not the life that this agent started")
-
-// listen greets the guest and sees what listens inside until the connection
-// ends. heard says whether it answered.
-func (m *Manager) listen(ctx context.Context, g *guest.Guest, e *entry, generation uint64) (heard bool, err error) {
-	info, err := g.Hello(ctx)
-	if err != nil {
-		return false, err
-	}
-	if info.Phase == guest.PhaseWaiting || info.Generation != generation && info.Phase == guest.PhaseRunning {
-		return true, m.estranged(ctx, e, generation)
-	}
-	m.unreachable(ctx, e, nil)
-	m.whileOpen(ctx, e, func() {
-		if s := e.snap.Load(); s.GuestdVersion != info.Version {
-			m.see(e, func(s *Sandbox) { s.GuestdVersion = info.Version })
-		}
-	})
-	// Greeted again now and then, for one that hangs does not hang up.
-	bounded, cancel := context.WithTimeout(ctx, linkCheck)
-	defer cancel()
-	if e.snap.Load().Spec.AutoForward.Mode != sandbox.AutoForwardOff {
-		err = g.WatchPorts(bounded, func(listeners []guest.Listener) {
-			m.whileOpen(ctx, e, func() { m.seeListeners(e, listeners) })
-		})
-		if !errors.Is(err, sandbox.ErrUnsupported) {
-			return true, err
-		}
-		// An older guestd. It goes without.
-	}
-	<-bounded.Done()
-	return true, bounded.Err()
-}
-
-// whileOpen does something under the operation lock, unless ctx ends first.
-func (m *Manager) whileOpen(ctx context.Context, e *entry, work func()) {
-	if e.lock(ctx) != nil {
-		return
-	}
-	defer e.unlock()
-	if ctx.Err() == nil {
-		work()
-	}
-}
-
-// estranged finds that what runs was not started by this agent: somebody
-// restarted it, and it waits to be configured. It gets a new boot.
-func (m *Manager) estranged(ctx context.Context, e *entry, generation uint64) error {
-	m.whileOpen(ctx, e, func() {
-		if e.rec.Generation == generation && e.rec.Desired == store.DesiredRunning && e.rec.Pending == store.PendingNone {
-			m.renew(e)
-		}
-	})
-	return errStranger
-}
-
-// unreachable shows whether guestd answers.
-func (m *Manager) unreachable(ctx context.Context, e *entry, cause error) {
-	const reason = "GUEST_UNREACHABLE"
-	s := e.snap.Load()
-	if (s.Reason == reason) == (cause != nil) {
-		return
-	}
-	m.whileOpen(ctx, e, func() {
-		if e.snap.Load().Phase != PhaseReady {
-			return
-		}
-		if cause != nil {
-			m.log.Warn("guest does not answer", "sandbox", e.name, "err", cause)
-			m.see(e, func(s *Sandbox) { s.Reason, s.Message = reason, cause.Error() })
-			return
-		}
-		m.see(e, func(s *Sandbox) { s.Reason, s.Message = "", "" })
-	})
 }

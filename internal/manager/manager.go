@@ -24,6 +24,7 @@ import (
 
 	"github.com/choiros/agent/internal/exposure"
 	"github.com/choiros/agent/internal/forward"
+	"github.com/choiros/agent/internal/hostclock"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/secrets"
 	"github.com/choiros/agent/internal/store"
@@ -51,7 +52,11 @@ type Config struct {
 	Ports forward.Config
 	// IdleScan is the pause between two looks for idle sandboxes; default 30 s.
 	IdleScan time.Duration
-	Log      *slog.Logger
+	// Clock reads the host's clocks every ClockScan; default: hostclock.Read,
+	// every hostclock.Interval.
+	Clock     func() (hostclock.Reading, error)
+	ClockScan time.Duration
+	Log       *slog.Logger
 	// OnStep, if set, is called with the name of each step of an operation
 	// just before it is taken; tests kill the process there.
 	OnStep func(step string)
@@ -88,6 +93,8 @@ type Manager struct {
 	probes     probeCache
 	looker     *exposure.Looker
 	requests   requests
+	// The constants of these names; tests have less time.
+	wakeLimit, farewell time.Duration
 
 	mu       sync.RWMutex
 	entries  map[string]*entry
@@ -120,8 +127,9 @@ func Open(cfg Config) (*Manager, error) {
 		slots:      newSlots(cfg.MaxConcurrentBoots),
 		looker:     exposure.New(),
 		requests:   requests{calls: map[string]*call{}},
-		entries:    make(map[string]*entry, len(records)),
-		draining:   host.Draining,
+		wakeLimit:  wakeLimit, farewell: farewell,
+		entries:  make(map[string]*entry, len(records)),
+		draining: host.Draining,
 	}
 	m.life, m.cancel = context.WithCancel(context.Background())
 	cfg.Ports.Backend, cfg.Ports.Log = m, cfg.Log
@@ -158,6 +166,10 @@ func (c *Config) defaults() {
 	c.MaxRunning = cmp.Or(c.MaxRunning, 200)
 	c.MinFreeMemoryMiB = cmp.Or(c.MinFreeMemoryMiB, 1024)
 	c.IdleScan = cmp.Or(c.IdleScan, 30*time.Second)
+	c.ClockScan = cmp.Or(c.ClockScan, hostclock.Interval)
+	if c.Clock == nil {
+		c.Clock = hostclock.Read
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -177,6 +189,7 @@ func (c *Config) defaults() {
 func (m *Manager) Run(ctx context.Context) error {
 	m.work.Go(m.reconcileAll)
 	m.work.Go(m.tendIdle)
+	m.work.Go(m.tendClocks)
 	<-ctx.Done()
 	err := m.forward.Close()
 	m.cancel()

@@ -138,6 +138,7 @@ func (m *Manager) settlePause(ctx context.Context, e *entry, cause error) {
 		m.see(e, see)
 	}
 	m.guard(drv, e)
+	m.tellTime(e)
 }
 
 // Resume lets a paused sandbox go on and returns once it does. Of one that is

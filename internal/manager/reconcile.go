@@ -179,6 +179,7 @@ func (m *Manager) adopt(ctx context.Context, drv sandbox.Driver, e *entry, obs s
 	switch {
 	case e.rec.Paused == obs.Paused:
 		m.guard(drv, e)
+		m.tellTime(e)
 	case e.rec.Paused:
 		_ = m.finishPause(ctx, e) // it says in the log, and in the phase, what it came to
 	default:

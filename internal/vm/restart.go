@@ -20,6 +20,10 @@ const lastReservedPort = 1023
 // and how long that may take.
 const lookInterval = 15 * time.Second
 
+// leastAbsence is how long guestd may be away at least: one on a Mac that has
+// woken was seen to take a minute.
+const leastAbsence = 2 * time.Minute
+
 // restarted reports whether a caller that has no key shows that the guest has
 // booted anew in this life: that it is a guestd, and of another boot than the
 // one that called first.
@@ -36,7 +40,7 @@ func (l *life) restarted(conn net.Conn, awake *guestv1.Awake) bool {
 // without a guestd: one that has booted anew and comes no further calls nobody.
 // It returns when the machine has ended, or is to.
 func (l *life) look() {
-	limit := l.plan.Spec.Readiness.ReadyTimeout()
+	limit := max(l.plan.Spec.Readiness.ReadyTimeout(), leastAbsence)
 	tick := time.NewTicker(lookInterval)
 	defer tick.Stop()
 	var since time.Time // it is not there; zero: it is

@@ -32,6 +32,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/miekg/dns"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -101,6 +102,7 @@ type Config struct {
 type Network struct {
 	log   *slog.Logger
 	dial  func(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error)
+	began time.Time
 	link  *link
 	stack *stack.Stack
 	dns   *server
@@ -146,7 +148,7 @@ func open(cfg Config) (*Network, error) {
 		cfg.Link.Close()
 		return nil, err
 	}
-	n := &Network{log: cfg.Log, dial: cfg.Dial}
+	n := &Network{log: cfg.Log, dial: cfg.Dial, began: time.Now()}
 	if n.log == nil {
 		n.log = slog.New(slog.DiscardHandler)
 	}
@@ -172,6 +174,10 @@ func open(cfg Config) (*Network, error) {
 	n.work.Go(n.receive)
 	return n, nil
 }
+
+// awake is a clock in nanoseconds that nobody sets, and that stands still while
+// the host sleeps.
+func (n *Network) awake() int64 { return int64(time.Since(n.began)) }
 
 func (n *Network) makeStack() error {
 	n.stack = stack.New(stack.Options{

@@ -3,6 +3,7 @@ package network
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	"golang.org/x/sys/unix"
 
 	"github.com/choiros/agent/internal/sandbox"
 )
@@ -235,4 +237,61 @@ func lookAround(t *testing.T) {
 		t.Error("private addresses are open")
 	}
 	g.dial("203.0.113.5:80")
+	lookForWhoIsGone(t)
+}
+
+// lookForWhoIsGone cuts the link to the other host, as a Mac's sleep or another
+// network does: nobody says that connections have ended. The limits are the
+// kernel's to keep, and shorter here.
+func lookForWhoIsGone(t *testing.T) {
+	option := func(conn net.Conn, name int) (value int) {
+		raw := must(conn.(*net.TCPConn).SyscallConn())
+		if err := raw.Control(func(fd uintptr) { value, _ = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, name) }); err != nil {
+			t.Error(err)
+		}
+		return value
+	}
+	ours, theirs, err := Pair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := Open(Config{Link: ours, MAC: guestMAC, Dial: func(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
+		conn, err := dialHost(ctx, network, to)
+		if err != nil {
+			return nil, err
+		}
+		for name, want := range map[int]int{
+			unix.TCP_KEEPIDLE: 60, unix.TCP_KEEPINTVL: 15, unix.TCP_KEEPCNT: 9, unix.TCP_USER_TIMEOUT: 195_000,
+		} {
+			if got := option(conn, name); got != want {
+				t.Errorf("TCP option %d is %d, want %d", name, got, want)
+			}
+		}
+		raw := must(conn.(*net.TCPConn).SyscallConn())
+		return conn, errors.Join(
+			conn.(*net.TCPConn).SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 2}),
+			raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 3000) }),
+		)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	g := newGuest(t, theirs, DefaultMTU)
+	idle, busy := g.dial("10.77.0.2:80"), g.dial("10.77.0.2:80")
+	for _, conn := range []net.Conn{idle, busy} {
+		_, _ = conn.Write([]byte("x"))
+		if _, err := conn.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run(t, "ip", "link", "set", "here", "down")
+	_, _ = busy.Write([]byte("x"))
+	for what, conn := range map[string]net.Conn{"idle": idle, "busy": busy} {
+		_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+		if n, err := conn.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "reset") {
+			t.Errorf("the one that is %s: %d, %v, want a reset", what, n, err)
+		}
+	}
+	eventually(t, "the host's side is closed", func() bool { return n.Stats().TCPOpen == 0 })
 }

@@ -25,6 +25,11 @@ const (
 	flowsEnding = 64
 	// flowTimeout is how long a flow may be silent: RFC 4787, REQ-5.
 	flowTimeout = 2 * time.Minute
+	// maxFailures in a row end a flow: each tells of a datagram that did not
+	// arrive, but sockets of macOS's were seen to fail for ever after a sleep, at
+	// once each time (containers/gvisor-tap-vsock issue 584). The guest's next
+	// datagram begins anew.
+	maxFailures = 64
 )
 
 // flows are the guest's of UDP.
@@ -49,7 +54,7 @@ type flow struct {
 	key      flowKey
 	names    []string     // that the destination's address was known by
 	original original     // the first datagram
-	last     atomic.Int64 // when something was carried, in ns since 1970
+	last     atomic.Int64 // when something was carried, as Network.awake has it
 
 	// What send's step, made once, works on. Only the reader of the link sends.
 	raw  syscall.RawConn
@@ -125,7 +130,7 @@ func (f *flows) flow(key flowKey, pkt *stack.PacketBuffer) *flow {
 		return nil
 	}
 	fl := &flow{network: f.network, key: key, names: f.network.names.of(key.to.Addr()), original: originalOf(pkt)}
-	fl.last.Store(time.Now().UnixNano())
+	fl.last.Store(f.network.awake())
 	f.byKey[key] = fl
 	f.held++
 	f.mu.Unlock()
@@ -215,7 +220,7 @@ func (f *flow) abort() {
 
 // send sends a datagram, or loses it. It does not block.
 func (f *flow) send(payload []byte) {
-	f.last.Store(time.Now().UnixNano())
+	f.last.Store(f.network.awake())
 	f.out = payload
 	if err := f.raw.Write(f.step); err != nil {
 		return // it has ended
@@ -244,7 +249,10 @@ func (f *flow) tell(err error) {
 // or was ended.
 func (f *flow) receive() {
 	defer f.conn.Close()
-	var failed error
+	var (
+		failed   error
+		failures int
+	)
 	step := func(fd uintptr) bool {
 		buf := f.network.buffers.Get().(*[]byte)
 		defer f.network.buffers.Put(buf)
@@ -253,20 +261,20 @@ func (f *flow) receive() {
 			return false
 		}
 		if failed = err; err == nil {
-			f.last.Store(time.Now().UnixNano())
+			f.last.Store(f.network.awake())
 			f.network.sendUDP(f.key.to, netip.AddrPortFrom(Guest, f.key.from), (*buf)[:n])
 		}
 		return true
 	}
 	for {
-		until := time.Unix(0, f.last.Load()).Add(flowTimeout)
-		if err := f.conn.SetReadDeadline(until); err != nil {
+		silent := time.Duration(f.network.awake() - f.last.Load())
+		if err := f.conn.SetReadDeadline(time.Now().Add(flowTimeout - silent)); err != nil {
 			return
 		}
 		err := f.raw.Read(step)
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			if time.Since(time.Unix(0, f.last.Load())) >= flowTimeout {
+			if time.Duration(f.network.awake()-f.last.Load()) >= flowTimeout {
 				return
 			}
 		case err != nil:
@@ -276,6 +284,11 @@ func (f *flow) receive() {
 				return
 			}
 			f.tell(failed)
+			if failures++; failures == maxFailures {
+				return
+			}
+		default:
+			failures = 0
 		}
 	}
 }
