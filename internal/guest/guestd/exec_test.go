@@ -194,11 +194,11 @@ func TestExecDoesNotWaitForWhoHoldsItsPipes(t *testing.T) {
 	if took := time.Since(begin); took > 10*time.Second || exit.GetCode() != 0 || len(stdout) == 0 {
 		t.Errorf("%v, %d bytes after %v", exit, len(stdout), took)
 	}
-	// What comes a little later is not lost.
-	stdout, _, _ = g.shell("(sleep 0.03; echo late) &").rest()
-	if stdout != "late\n" {
-		t.Errorf("printed %q", stdout)
-	}
+	// What comes a little later is not lost. On a busy host it may come too late.
+	g.eventually("last words are heard", func() bool {
+		stdout, _, _ := g.shell("(sleep 0.03; echo late) &").rest()
+		return stdout == "late\n"
+	})
 }
 
 func TestExecOfDeadClientIsKilledWithItsChildren(t *testing.T) {
