@@ -91,7 +91,16 @@ type VMConfig struct {
 	Bundles string `toml:"bundles"`
 	// Accelerator is auto, kvm or tcg.
 	Accelerator string `toml:"accelerator"`
+	// Network is networkStack or networkNAT.
+	Network string `toml:"network"`
 }
+
+// What machines' networks can be: the agent's own IP stack, which keeps egress
+// policies, or the NAT of Virtualization.framework, which keeps none.
+const (
+	networkStack = "stack"
+	networkNAT   = "nat"
+)
 
 // Default is the configuration of a user who set nothing, on a system by its
 // GOOS. A Mac has no containers but in a virtual machine of Linux.
@@ -113,7 +122,7 @@ func Default(goos string, getenv func(string) string, uid int) Config {
 		IdleScan:           duration(30 * time.Second),
 		MaxArchiveMiB:      16 << 10,
 		StopTimeout:        duration(10 * time.Second),
-		VM:                 VMConfig{Accelerator: "auto"},
+		VM:                 VMConfig{Accelerator: "auto", Network: networkStack},
 		Ports:              PortsConfig{First: 12000, Last: 12999},
 		Secrets:            SecretsConfig{Forbidden: secrets.DefaultForbidden(), Timeout: duration(15 * time.Second)},
 	}
@@ -167,6 +176,7 @@ func (c *Config) keys() []key {
 		{"vm.guest_kit", "DIR", "boot images in virtual machines with this; none given: the one beside the agent, or the one installed", &c.VM.GuestKit},
 		{"vm.bundles", "DIR", "machines are bundles in this folder; none given: bundles in the state directory", &c.VM.Bundles},
 		{"vm.accelerator", "NAME", "kvm, tcg (emulation) or auto, which is what works", &c.VM.Accelerator},
+		{"vm.network", "NAME", "network of virtual machines: stack, or on a Mac nat, which keeps no egress policy", &c.VM.Network},
 	}
 }
 

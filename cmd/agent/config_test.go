@@ -96,6 +96,22 @@ func TestDefaultsAreValid(t *testing.T) {
 	}
 }
 
+func TestNATIsOfMacsAlone(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ network, goos, want string }{
+		{"stack", "linux", ""},
+		{"stack", "darwin", ""},
+		{"nat", "darwin", ""},
+		{"nat", "linux", "nat is Virtualization.framework's; use stack"},
+		{"bridge", "darwin", `"bridge" is neither stack nor nat`},
+		{"", "linux", `"" is neither stack nor nat`},
+	} {
+		if got := networkProblem(c.network, c.goos); got != c.want {
+			t.Errorf("%q on %s: %q, want %q", c.network, c.goos, got, c.want)
+		}
+	}
+}
+
 func TestFileOfTheUserIsRead(t *testing.T) {
 	t.Parallel()
 	env := map[string]string{"HOME": t.TempDir()}

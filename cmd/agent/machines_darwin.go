@@ -12,8 +12,8 @@ import (
 )
 
 // machines is what the driver of virtual machines has that is this system's own.
-func machines(Config, string) vm.DriverConfig {
-	return vm.DriverConfig{Probe: probeMachines, Rosetta: rosettaMissing, Firmware: true}
+func machines(cfg Config, _ string) vm.DriverConfig {
+	return vm.DriverConfig{Probe: probeMachines, Rosetta: rosettaMissing, Firmware: true, NAT: cfg.VM.Network == networkNAT}
 }
 
 // shimVariables are where programs and temporary files are.

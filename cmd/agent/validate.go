@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"net/url"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,6 +44,9 @@ func (c *Config) validate() error {
 	}
 	if !slices.Contains([]string{"auto", "kvm", "tcg"}, c.VM.Accelerator) {
 		refuse("vm.accelerator", "%q is none of auto, kvm and tcg", c.VM.Accelerator)
+	}
+	if problem := networkProblem(c.VM.Network, runtime.GOOS); problem != "" {
+		refuse("vm.network", "%s", problem)
 	}
 	for _, k := range []key{
 		{path: "machine_classes", at: &c.MachineClasses},
@@ -123,6 +127,18 @@ func between[N int | uint64](refuse refusal, key string, n, low, high N) {
 	if n < low || n > high {
 		refuse(key, "%d is not from %d to %d", n, low, high)
 	}
+}
+
+// networkProblem says why machines cannot have a network on a system by its
+// GOOS; empty: they can.
+func networkProblem(network, goos string) string {
+	switch {
+	case network == networkStack || network == networkNAT && goos == "darwin":
+		return ""
+	case network == networkNAT:
+		return "nat is Virtualization.framework's; use stack"
+	}
+	return fmt.Sprintf("%q is neither stack nor nat", network)
 }
 
 func pathProblem(path string) string {

@@ -18,6 +18,9 @@ func checkEgress(drv sandbox.Driver, spec sandbox.Spec) error {
 	if _, ok := drv.(sandbox.EgressPolicer); !ok && !spec.Egress.IsZero() {
 		return sandbox.Unsupportedf("spec.egress", "driver %s enforces none; leave it out, or choose one that does", spec.Driver)
 	}
+	if checker, ok := drv.(sandbox.EgressChecker); ok {
+		return checker.CheckEgress(spec)
+	}
 	return nil
 }
 

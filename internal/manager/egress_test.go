@@ -28,6 +28,36 @@ func (d *policed) SetEgress(ctx context.Context, ref sandbox.Ref, egress sandbox
 	return d.Policed.SetEgress(ctx, ref, egress)
 }
 
+// picky is a driver that cannot keep policies of names.
+type picky struct{ *policed }
+
+func (picky) CheckEgress(spec sandbox.Spec) error {
+	if spec.Egress.Mode == sandbox.EgressList {
+		return sandbox.Unsupportedf("spec.egress", "no lists here; allow everything")
+	}
+	return nil
+}
+
+func TestPolicyThatCannotBeKeptIsNotRecorded(t *testing.T) {
+	t.Parallel()
+	d := &policed{Policed: process.NewPoliced(process.Config{Root: t.TempDir(), Owner: "policed"})}
+	h := newHost(t, func(c *Config) { c.Drivers = map[string]sandbox.Driver{process.Name: picky{d}} })
+	h.create("web", process.Spec("sleep"))
+	list := sandbox.Egress{Mode: sandbox.EgressList, Rules: []sandbox.EgressRule{{Name: "example.com"}}}
+	_, err := h.m.Update(t.Context(), UpdateRequest{Name: "web", Egress: &list})
+	if wrong, ok := errors.AsType[*sandbox.FieldError](err); !ok || wrong.Field != "spec.egress" || !errors.Is(err, sandbox.ErrUnsupported) {
+		t.Errorf("%v, want a refusal of spec.egress", err)
+	}
+	d.inForce(t, h, sandbox.Egress{})
+	if e, err := h.m.find("web"); err != nil || !e.view().Spec.Egress.IsZero() {
+		t.Errorf("it was recorded, %v", err)
+	}
+	h.create("idle", process.Spec("sleep"))
+	if _, err := h.m.Update(t.Context(), UpdateRequest{Name: "idle", Idle: &sandbox.IdlePolicy{}}); err != nil {
+		t.Errorf("what has nothing to do with it: %v", err)
+	}
+}
+
 func newPoliced(t *testing.T) (*host, *policed) {
 	t.Helper()
 	d := &policed{Policed: process.NewPoliced(process.Config{Root: t.TempDir(), Owner: "policed"})}

@@ -85,5 +85,8 @@ func (m *Manager) checkUpdate(spec sandbox.Spec, req UpdateRequest) (sandbox.Spe
 	if err := m.checkIdle(spec); err != nil {
 		return spec, err
 	}
+	if req.Egress == nil {
+		return spec, nil
+	}
 	return spec, checkEgress(drv, spec)
 }

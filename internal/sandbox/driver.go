@@ -254,6 +254,12 @@ type EgressPolicer interface {
 	EgressRefused(ctx context.Context, ref Ref) (recent []Refusal, total uint64, err error)
 }
 
+// EgressChecker is implemented by an EgressPolicer that cannot keep every
+// policy of every sandbox. The error is a *FieldError.
+type EgressChecker interface {
+	CheckEgress(spec Spec) error
+}
+
 // ImageStore is implemented by drivers that boot OCI images.
 type ImageStore interface {
 	// LoadImage adds the images of an OCI or docker archive and returns them.

@@ -30,7 +30,8 @@ const (
 
 // Egress says what a sandbox may connect to. Whatever it says, a sandbox never
 // reaches the host itself, link-local addresses, the metadata services of
-// clouds, multicast, broadcast, or another sandbox.
+// clouds, multicast, broadcast, or another sandbox; but for machines on a Mac's
+// own NAT, where nothing keeps a policy and each is refused.
 type Egress struct {
 	Mode EgressMode `json:"mode,omitempty"`
 	// Rules are given if, and only if, the mode is EgressList.

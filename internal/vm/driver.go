@@ -34,6 +34,9 @@ type DriverConfig struct {
 	// Firmware: machines whose bundle names no kernel are booted from their disks
 	// by a firmware that they have, EFI.
 	Firmware bool
+	// NAT gives machines the host's own NAT for a network, from their next boot
+	// on: one that keeps no egress policy, so that specs with one are refused.
+	NAT bool
 	// Shim are the arguments with which this program is a shim; see RunShim.
 	// The box's folder comes last.
 	Shim []string
@@ -86,6 +89,9 @@ func (d *Driver) Probe(ctx context.Context) (sandbox.Report, error) {
 	}
 	report.Version += ", guest kernel " + kit.KernelVersion
 	d.reportRosetta(&report, kit)
+	if d.cfg.NAT {
+		report.Warnings = append(report.Warnings, natWarning)
+	}
 	// Processors and memory are the machine's size. What runs inside is
 	// counted by nobody.
 	report.Limits = sandbox.Limits{CPU: true, Memory: true}

@@ -171,9 +171,12 @@ func (l *life) message() *guestv1.Machine {
 	for _, d := range l.plan.Disks {
 		m.Disks = append(m.Disks, &guestv1.DataDisk{Serial: d.Serial, Target: d.Target, Format: true})
 	}
-	if l.network != nil {
+	switch {
+	case l.boot.NAT:
+		m.Network = &guestv1.Network{Mac: l.mac().String(), Dhcp: true}
+	case l.network != nil:
 		m.Network = &guestv1.Network{
-			Mac:     guestMAC().String(),
+			Mac:     l.mac().String(),
 			Address: netip.PrefixFrom(network.Guest, network.PrefixBits).String(), Gateway: network.Gateway.String(),
 			Nameservers: []string{network.Gateway.String()}, Mtu: network.DefaultMTU,
 		}

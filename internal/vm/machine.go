@@ -117,7 +117,11 @@ type Config struct {
 	// Network is one end of a pair of datagram sockets that carry Ethernet
 	// frames, one each; nil: no network device. The machine takes it over.
 	Network *os.File
-	MAC     net.HardwareAddr
+	// NAT, with Network nil, gives it a network device on the host's own NAT:
+	// there a DHCP server gives addresses, and no egress policy holds.
+	NAT bool
+	// MAC is the network device's.
+	MAC net.HardwareAddr
 
 	// Console is what the guest's first console (hvc0) is connected to, for
 	// reading and writing; nil: to nothing. It stays the caller's.

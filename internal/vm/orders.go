@@ -68,6 +68,12 @@ func (l *life) do(o order) (any, error) {
 	case opHibernate:
 		return nil, l.hibernate(o.KeyFile)
 	case opSetEgress:
+		if l.boot.NAT && o.Egress != nil {
+			if allowsAll(*o.Egress) {
+				return nil, nil //nolint:nilnil // There is nothing to tell.
+			}
+			return nil, errNAT
+		}
 		if l.network == nil || o.Egress == nil {
 			return nil, errors.New("the machine has no network")
 		}

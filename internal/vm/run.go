@@ -100,7 +100,7 @@ func (l *life) progress(what string) {
 type life struct {
 	*shim.Shim
 	plan    plan
-	boot    bundle
+	boot    booted
 	machine Machine
 	network *network.Network
 	console *console
@@ -287,11 +287,15 @@ func (l *life) config() (Config, error) {
 	if l.plan.Options.Network == networkNone {
 		return c, nil
 	}
+	c.NAT, c.MAC = l.boot.NAT, l.mac()
+	if c.NAT {
+		return c, nil
+	}
 	ours, theirs, err := network.Pair()
 	if err != nil {
 		return c, err
 	}
-	c.Network, c.MAC = theirs, guestMAC()
+	c.Network = theirs
 	l.network, err = network.Open(network.Config{Link: ours, MAC: c.MAC, Egress: l.plan.Spec.Egress})
 	if err != nil {
 		theirs.Close()
@@ -317,8 +321,14 @@ func (d disk) make() error {
 	return nil
 }
 
-// guestMAC is the same for every machine: each has a network of its own.
-func guestMAC() net.HardwareAddr { return net.HardwareAddr{0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xee} }
+// mac is that of the machine's network device: the same for every machine that
+// has a network of its own.
+func (l *life) mac() net.HardwareAddr {
+	if l.boot.NAT {
+		return natMAC(l.Box.Dir)
+	}
+	return net.HardwareAddr{0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xee}
+}
 
 // supervise stops the machine when asked to, and returns how its life ended
 // once it has.

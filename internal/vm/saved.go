@@ -80,8 +80,8 @@ func discardSaved(b shim.Box) error {
 // fits tells apart all that a memory depends on: what was booted, the size of
 // the machine, and what its disks are like. A disk that was written since does
 // not fit, or old memory would overwrite what is new.
-func fits(b shim.Box, p plan, boot bundle) (string, error) {
-	p.Spec.Egress = sandbox.Egress{} // the network is not in the memory
+func fits(b shim.Box, p plan, boot booted) (string, error) {
+	p.Spec.Egress = sandbox.Egress{} // the policy is not in the memory
 	files := []string{boot.Kernel, boot.Vmlinux, boot.Initrd}
 	if p.Image != nil {
 		files = append(files, p.Image.Root, b.Path(layerFile))
@@ -110,7 +110,7 @@ func fits(b shim.Box, p plan, boot bundle) (string, error) {
 	}
 	text, err := json.Marshal(struct {
 		Plan  plan
-		Boot  bundle
+		Boot  booted
 		Files []file
 	}{p, boot, found})
 	sum := sha256.Sum256(text)

@@ -153,6 +153,9 @@ func (d *Driver) check(ctx context.Context, spec sandbox.Spec) (plan, image.Reso
 	if opts.Network == networkNone && spec.Egress.Mode != "" && spec.Egress.Mode != sandbox.EgressAllow {
 		return fail(sandbox.Invalidf("spec.egress", "there is nothing to reach without a network; spec.driver_options.network is none"))
 	}
+	if err := d.checkNAT(opts, spec.Egress); err != nil {
+		return fail(err)
+	}
 	if spec.Machine != "" {
 		if p.Boot, err = d.machine(spec); err != nil {
 			return fail(err)

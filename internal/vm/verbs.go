@@ -95,14 +95,17 @@ func (d *Driver) prepare(b shim.Box) error {
 	if _, err := b.Made(&p); err != nil {
 		return err
 	}
-	boot := p.Boot
+	if err := d.checkNAT(p.Options, p.Spec.Egress); err != nil { // it was made when there was another network
+		return err
+	}
+	boot := booted{p.Boot, d.nat(p.Options)}
 	if p.Image != nil {
 		var err error
-		if boot, err = d.kit(); err != nil {
+		if boot.bundle, err = d.kit(); err != nil {
 			return err
 		}
 		if p.Image.rosetta(boot.Arch) {
-			if err := d.checkRosetta(boot); err != nil {
+			if err := d.checkRosetta(boot.bundle); err != nil {
 				return &sandbox.UnavailableError{Err: fmt.Errorf("image %s is for linux/%s: %w", p.Spec.Image, p.Image.Arch, err)}
 			}
 		}
@@ -266,6 +269,9 @@ func (d *Driver) SetEgress(ctx context.Context, ref sandbox.Ref, egress sandbox.
 		}
 		if !found {
 			return sandbox.ErrNotFound
+		}
+		if err := d.checkNAT(p.Options, egress); err != nil {
+			return err
 		}
 		p.Spec.Egress = egress
 		if err := m.Remake(p); err != nil {

@@ -58,7 +58,7 @@ func live(ctx context.Context, o options, first bool, signals <-chan os.Signal) 
 	l.host = h
 	l.workload.streams.take = h.take
 	go h.follow(ctx)
-	go l.become(plan)
+	go l.become(ctx, plan)
 	e := l.supervise(signals)
 	l.finish(e)
 	return e.code, e.err
@@ -72,7 +72,7 @@ func raiseLimits() {
 }
 
 // become makes the machine, in which then there is something to do.
-func (l *life) become(plan *guestv1.Machine) {
+func (l *life) become(ctx context.Context, plan *guestv1.Machine) {
 	defer close(l.ready)
 	l.fault = l.build(plan)
 	if l.fault != nil {
@@ -81,6 +81,7 @@ func (l *life) become(plan *guestv1.Machine) {
 	}
 	l.host.stage("")
 	l.kills = machine.OOMKills()
+	go l.made.KeepLease(ctx)
 	if l.initramfs != nil {
 		go func() { // that, too, can wait
 			<-l.workload.started

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -352,6 +353,59 @@ func TestGuestdIsSmall(t *testing.T) {
 		t.Errorf("guestd has %d bytes of memory, more than %d", got, maxGuestd)
 	} else {
 		t.Logf("guestd has %.1f MB of memory", float64(got)/1e6)
+	}
+	g.order(int32(syscall.SIGTERM))
+	g.endsWith(0)
+}
+
+// TestMachineThatNobodyGivesAnAddressBootsAndGoesOnAsking is on a wire with
+// nobody else.
+func TestMachineThatNobodyGivesAnAddressBootsAndGoesOnAsking(t *testing.T) {
+	t.Parallel()
+	s := newSetup(t, nil, "sleep")
+	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wire := os.NewFile(uintptr(ends[1]), "network")
+	defer wire.Close()
+	s.config.Network, s.config.MAC = os.NewFile(uintptr(ends[0]), "network"), net.HardwareAddr{0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xee}
+	s.plan.Network = &guestv1.Network{Mac: s.config.MAC.String(), Dhcp: true}
+	asked := make(chan struct{}, 64)
+	go func() {
+		defer close(asked)
+		for frame := make([]byte, 2048); ; {
+			size, err := wire.Read(frame)
+			if err != nil {
+				return
+			}
+			// IPv4 and UDP without options, to everybody's port 67.
+			if size > 42 && frame[12] == 8 && frame[13] == 0 && frame[23] == unix.IPPROTO_UDP && frame[36] == 0 && frame[37] == 67 {
+				select {
+				case asked <- struct{}{}:
+				default:
+				}
+			}
+		}
+	}()
+	g := s.boot().configure(nil)
+	g.prints("ready")
+	before := len(asked)
+	if before == 0 {
+		t.Error("it did not ask")
+	}
+	if routes := g.run("cat", "/proc/net/route"); strings.Contains(routes, "eth0") {
+		t.Errorf("routes: %s", routes)
+	}
+	for range before + 1 { // those of the boot, and one more
+		select {
+		case _, open := <-asked:
+			if !open {
+				t.Fatal("the wire is broken")
+			}
+		case <-time.After(time.Minute):
+			t.Fatal("it does not ask any more")
+		}
 	}
 	g.order(int32(syscall.SIGTERM))
 	g.endsWith(0)

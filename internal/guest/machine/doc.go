@@ -6,5 +6,6 @@
 //
 // It formats disks only if they are blank, mounts nothing at a path that the
 // image leads elsewhere unseen, and starts nothing. All of it is done by one
-// goroutine, before anything else runs in the machine.
+// goroutine, before anything else runs in the machine, but for what keeps an
+// address that a server gives (Made.KeepLease).
 package machine

@@ -42,6 +42,16 @@ func (n *netlink) addAddress(index uint32, address netip.Prefix) error {
 	return n.do(m)
 }
 
+// deleteAddress takes an address from an interface, and with the last one all
+// routes by way of it.
+func (n *netlink) deleteAddress(index uint32, address netip.Prefix) error {
+	m := newMessage(unix.RTM_DELADDR, 0)
+	m.append(family(address.Addr()), byte(address.Bits()), 0, unix.RT_SCOPE_UNIVERSE) // struct ifaddrmsg
+	m.append32(index)
+	m.attribute(unix.IFA_LOCAL, address.Addr().AsSlice())
+	return n.do(m)
+}
+
 func (n *netlink) addDefaultRoute(index uint32, gateway netip.Addr) error {
 	m := newMessage(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
 	// struct rtmsg

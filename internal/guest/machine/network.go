@@ -29,6 +29,9 @@ func (mk *maker) network() error {
 	if n == nil {
 		return nil
 	}
+	if n.GetDhcp() {
+		return mk.lease(link, n)
+	}
 	address, err := netip.ParsePrefix(n.GetAddress())
 	if err != nil {
 		return err

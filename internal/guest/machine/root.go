@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
+	"github.com/choiros/agent/internal/guest/lease"
 )
 
 // Where things are before the root is made.
@@ -31,12 +32,15 @@ type maker struct {
 	ownSystem bool
 	// freezable are folders in file systems that are to be left in order.
 	freezable []*os.File
+	// keeper is what keeps the address; nil: nobody has to.
+	keeper *lease.Keeper
 }
 
 // Made is a machine that was made.
 type Made struct {
 	freezable []*os.File
 	address   string
+	keeper    *lease.Keeper
 }
 
 // Make makes the machine that its shim says: i is nil where the system has a
@@ -74,7 +78,7 @@ func Make(m *guestv1.Machine, i *Initramfs, owner func() (uid, gid uint32), note
 	if err := mk.network(); err != nil {
 		return nil, fmt.Errorf("network: %w", err)
 	}
-	made := &Made{freezable: mk.freezable}
+	made := &Made{freezable: mk.freezable, keeper: mk.keeper}
 	if prefix, err := netip.ParsePrefix(m.GetNetwork().GetAddress()); err == nil {
 		made.address = prefix.Addr().String()
 	}

@@ -116,8 +116,12 @@ func (p plan) arguments() []string {
 	for i, disk := range c.Disks {
 		args = append(args, diskArgs(i, disk)...)
 	}
-	if c.Network != nil {
-		args = append(args, "-netdev", fmt.Sprintf("dgram,id=net0,local.type=fd,local.str=%d", p.fds.network),
+	if c.Network != nil || c.NAT {
+		backend := "user,id=net0" // QEMU's own, which has a DHCP server
+		if c.Network != nil {
+			backend = fmt.Sprintf("dgram,id=net0,local.type=fd,local.str=%d", p.fds.network)
+		}
+		args = append(args, "-netdev", backend,
 			"-device", fmt.Sprintf("virtio-net-pci,disable-legacy=on,netdev=net0,mac=%s,romfile=", c.MAC))
 	}
 	args = append(args,

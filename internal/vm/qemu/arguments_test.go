@@ -31,6 +31,8 @@ func TestArguments(t *testing.T) {
 	full.Shares = []vm.Share{{Tag: "work", Path: "/home/me/work"}, {Tag: "ref", Path: "/srv/ref", ReadOnly: true}}
 	full.Network, full.MAC = os.Stdin, net.HardwareAddr{0x52, 0x54, 0, 1, 2, 3}
 	full.Console, full.Vmlinux = os.Stdin, "vmlinux"
+	nat := base("amd64")
+	nat.NAT, nat.MAC = true, full.MAC
 	restored := base("amd64")
 	restored.Restore = "state"
 	for name, p := range map[string]plan{
@@ -38,6 +40,7 @@ func TestArguments(t *testing.T) {
 		"amd64-tcg": {config: base("amd64"), accelerator: TCG, vsock: vsockUser, fds: descriptors{qmp: 3, vsock: 4}},
 		"arm64-tcg": {config: base("arm64"), accelerator: TCG, vsock: vsockUser, fds: descriptors{qmp: 3, vsock: 4}},
 		"full":      {config: full, accelerator: TCG, vsock: vsockUser, fds: descriptors{qmp: 3, network: 4, shares: []int{5, 6}, vsock: 7}},
+		"nat":       {config: nat, accelerator: KVM, vsock: vsockKernel, cid: 4096, fds: descriptors{qmp: 3, vsock: 4}},
 		"restore":   {config: restored, accelerator: KVM, vsock: vsockUser, fds: descriptors{qmp: 3}},
 	} {
 		golden(t, name, p.arguments())

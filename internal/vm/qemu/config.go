@@ -32,7 +32,9 @@ func check(c vm.Config) error {
 		return fmt.Errorf("%d MiB of memory: less than 32", c.MemoryMiB)
 	case strings.ContainsRune(c.Cmdline, 0):
 		return errors.New("the kernel command line has a zero byte")
-	case c.Network != nil && (len(c.MAC) != 6 || c.MAC[0]&1 != 0):
+	case c.Network != nil && c.NAT:
+		return errors.New("two networks, and one network device")
+	case (c.Network != nil || c.NAT) && (len(c.MAC) != 6 || c.MAC[0]&1 != 0):
 		return fmt.Errorf("%q is no address of an Ethernet device", c.MAC)
 	}
 	seen := map[string]bool{}

@@ -131,22 +131,27 @@ func TestBadConfigurationIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	for want, change := range map[string]func(*vm.Config, *qemu.Options){
-		"is not a bzImage for amd64":             func(c *vm.Config, _ *qemu.Options) { c.Kernel = noKernel },
-		"file is not an ELF file for amd64":      func(c *vm.Config, _ *qemu.Options) { c.Vmlinux = noKernel },
-		"kernel: open /nowhere":                  func(c *vm.Config, _ *qemu.Options) { c.Kernel = "/nowhere" },
-		"disk a: open /nowhere":                  func(c *vm.Config, _ *qemu.Options) { c.Disks = []vm.Disk{{Serial: "a", Path: "/nowhere"}} },
-		`disk serial "a,b"`:                      func(c *vm.Config, _ *qemu.Options) { c.Disks = []vm.Disk{{Serial: "a,b", Path: noKernel}} },
-		"share a: " + noKernel + " is not":       func(c *vm.Config, _ *qemu.Options) { c.Shares = []vm.Share{{Tag: "a", Path: noKernel}} },
-		`"riscv64": architecture is not`:         func(c *vm.Config, _ *qemu.Options) { c.Arch = "riscv64" },
-		"QEMU has no Rosetta; use an image for":  func(c *vm.Config, _ *qemu.Options) { c.Rosetta = true },
-		"0 processors":                           func(c *vm.Config, _ *qemu.Options) { c.CPUs = 0 },
-		"/nowhere/qemu is not installed":         func(_ *vm.Config, o *qemu.Options) { o.QEMU = "/nowhere/qemu" },
-		`accelerator "magic"`:                    func(_ *vm.Config, o *qemu.Options) { o.Accelerator = "magic" },
-		"state to restore: open /nowhere":        func(c *vm.Config, _ *qemu.Options) { c.Restore = "/nowhere" },
-		"/nowhere/virtiofsd is not installed":    func(c *vm.Config, o *qemu.Options) { withShare("/")(c, o); o.Virtiofsd = "/nowhere/virtiofsd" },
-		"the kernel command line has a zero":     func(c *vm.Config, _ *qemu.Options) { c.Cmdline = "a\x00b" },
-		"is no address of an Ethernet device":    func(c *vm.Config, _ *qemu.Options) { _, c.Network, _ = datagrams() },
-		"open " + noKernel + ": not a directory": func(c *vm.Config, _ *qemu.Options) { c.Dir = noKernel },
+		"is not a bzImage for amd64":            func(c *vm.Config, _ *qemu.Options) { c.Kernel = noKernel },
+		"file is not an ELF file for amd64":     func(c *vm.Config, _ *qemu.Options) { c.Vmlinux = noKernel },
+		"kernel: open /nowhere":                 func(c *vm.Config, _ *qemu.Options) { c.Kernel = "/nowhere" },
+		"disk a: open /nowhere":                 func(c *vm.Config, _ *qemu.Options) { c.Disks = []vm.Disk{{Serial: "a", Path: "/nowhere"}} },
+		`disk serial "a,b"`:                     func(c *vm.Config, _ *qemu.Options) { c.Disks = []vm.Disk{{Serial: "a,b", Path: noKernel}} },
+		"share a: " + noKernel + " is not":      func(c *vm.Config, _ *qemu.Options) { c.Shares = []vm.Share{{Tag: "a", Path: noKernel}} },
+		`"riscv64": architecture is not`:        func(c *vm.Config, _ *qemu.Options) { c.Arch = "riscv64" },
+		"QEMU has no Rosetta; use an image for": func(c *vm.Config, _ *qemu.Options) { c.Rosetta = true },
+		"0 processors":                          func(c *vm.Config, _ *qemu.Options) { c.CPUs = 0 },
+		"/nowhere/qemu is not installed":        func(_ *vm.Config, o *qemu.Options) { o.QEMU = "/nowhere/qemu" },
+		`accelerator "magic"`:                   func(_ *vm.Config, o *qemu.Options) { o.Accelerator = "magic" },
+		"state to restore: open /nowhere":       func(c *vm.Config, _ *qemu.Options) { c.Restore = "/nowhere" },
+		"/nowhere/virtiofsd is not installed":   func(c *vm.Config, o *qemu.Options) { withShare("/")(c, o); o.Virtiofsd = "/nowhere/virtiofsd" },
+		"the kernel command line has a zero":    func(c *vm.Config, _ *qemu.Options) { c.Cmdline = "a\x00b" },
+		"two networks, and one network device": func(c *vm.Config, _ *qemu.Options) {
+			_, c.Network, _ = datagrams()
+			c.NAT, c.MAC = true, []byte{0x5a, 0, 0, 0, 0, 1}
+		},
+		"\"\" is no address of an Ethernet device": func(c *vm.Config, _ *qemu.Options) { c.NAT = true },
+		"is no address of an Ethernet device":      func(c *vm.Config, _ *qemu.Options) { _, c.Network, _ = datagrams() },
+		"open " + noKernel + ": not a directory":   func(c *vm.Config, _ *qemu.Options) { c.Dir = noKernel },
 	} {
 		config := vm.Config{
 			Dir: shortTemp(t), Arch: "amd64", CPUs: 1, MemoryMiB: 128,

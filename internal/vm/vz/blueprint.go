@@ -38,11 +38,13 @@ var (
 // machine, or not here, and looks whether all files are there; it makes the
 // machine's identifier if there is none yet.
 func draw(f framework, c vm.Config, options Options) (blueprint, error) {
-	b := blueprint{Network: c.Network, MAC: c.MAC, Console: c.Console}
+	b := blueprint{Network: c.Network, NAT: c.NAT, MAC: c.MAC, Console: c.Console}
 	switch {
 	case c.Dir == "" || options.Home == "":
 		return b, errors.New("no folder for the machine")
-	case c.Network != nil && (len(c.MAC) != 6 || c.MAC[0]&1 != 0):
+	case c.Network != nil && c.NAT:
+		return b, errors.New("two networks, and one network device")
+	case (c.Network != nil || c.NAT) && (len(c.MAC) != 6 || c.MAC[0]&1 != 0):
 		return b, fmt.Errorf("%q is no address of an Ethernet device", c.MAC)
 	}
 	if err := checkVersion(f, leastMajor); err != nil {

@@ -46,6 +46,20 @@ func TestBlueprintOfEverything(t *testing.T) {
 	}
 }
 
+func TestBlueprintOnTheNAT(t *testing.T) {
+	t.Parallel()
+	s := newStandIn()
+	config, options := setup(t)
+	config.NAT, config.MAC = true, net.HardwareAddr{0x5a, 0, 0, 0, 0, 1}
+	b, err := draw(s, config, options)
+	if err != nil || !b.NAT || b.Network != nil || b.MAC.String() != config.MAC.String() {
+		t.Errorf("NAT %v, a socket %v, %s, %v", b.NAT, b.Network, b.MAC, err)
+	}
+	config.MAC = nil
+	_, err = draw(s, config, options)
+	wantText(t, err, "no address of an Ethernet device")
+}
+
 func TestMachineIsNoSmallerThanTheFrameworkAllows(t *testing.T) {
 	t.Parallel()
 	s := newStandIn()
@@ -168,6 +182,7 @@ func TestRefusals(t *testing.T) {
 		"no initrd there":            {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Initrd = "initramfs" }, []string{"initrd"}, fs.ErrNotExist},
 		"a zero in the command line": {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Cmdline = "a\x00b" }, []string{"zero byte"}, nil},
 		"a group's address":          {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.MAC = net.HardwareAddr{1, 0, 0, 0, 0, 0} }, []string{"no address of an Ethernet device"}, nil},
+		"two networks":               {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.NAT = true }, []string{"two networks"}, nil},
 		"no home":                    {func(_ *testing.T, _ *standIn, _ *vm.Config, o *Options) { o.Home = "" }, []string{"no folder"}, nil},
 		"no state to restore":        {func(_ *testing.T, _ *standIn, c *vm.Config, _ *Options) { c.Restore = "saved" }, []string{"state to restore"}, fs.ErrNotExist},
 		"a state, on macOS 13":       {func(_ *testing.T, s *standIn, c *vm.Config, _ *Options) { s.version, c.Restore = "13.6", "kernel" }, []string{"restore", "macOS 13.6 is too old", "macOS 14"}, vm.ErrCannotSave},

@@ -19,8 +19,9 @@
 //     from a message that this is what is missing: Probe tries the smallest
 //     machine that there can be.
 //   - Lock a disk's image: the framework does, and would find it locked.
-//   - Connect a machine to a network of the host's (NAT, bridges): the egress
-//     policy is kept by the network that a machine is given, and by nothing else.
+//   - Connect a machine to a network of the host's, but its NAT if it is told to:
+//     the egress policy is kept by the network that a machine is given, and by
+//     nothing else.
 //
 // What it cannot: see that a guest has reset its machine. The framework starts
 // such a guest anew, and tells nobody: it is a vm.Rebooter.

@@ -103,8 +103,10 @@ type blueprint struct {
 	// RosettaTag is the tag of the share with Rosetta; empty: there is none.
 	RosettaTag string
 
-	// Network is a datagram socket; nil: no network device.
+	// Network is a datagram socket; nil: no network device, unless NAT says that
+	// it is on the framework's NAT.
 	Network *os.File
+	NAT     bool
 	MAC     net.HardwareAddr
 	// Console is what hvc0 reads from and writes to; nil: no console.
 	Console *os.File

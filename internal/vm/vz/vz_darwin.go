@@ -217,10 +217,10 @@ func addShares(config *vz.VirtualMachineConfiguration, b blueprint) error {
 }
 
 func addNetwork(config *vz.VirtualMachineConfiguration, b blueprint) error {
-	if b.Network == nil {
+	if b.Network == nil && !b.NAT {
 		return nil
 	}
-	attachment, err := vz.NewFileHandleNetworkDeviceAttachment(b.Network)
+	attachment, err := attachNetwork(b)
 	if err != nil {
 		return err
 	}
@@ -235,6 +235,13 @@ func addNetwork(config *vz.VirtualMachineConfiguration, b blueprint) error {
 	device.SetMACAddress(address)
 	config.SetNetworkDevicesVirtualMachineConfiguration([]*vz.VirtioNetworkDeviceConfiguration{device})
 	return nil
+}
+
+func attachNetwork(b blueprint) (vz.NetworkDeviceAttachment, error) {
+	if b.NAT {
+		return vz.NewNATNetworkDeviceAttachment()
+	}
+	return vz.NewFileHandleNetworkDeviceAttachment(b.Network)
 }
 
 func addConsole(config *vz.VirtualMachineConfiguration, b blueprint) error {

@@ -530,7 +530,10 @@ type Network struct {
 	// Of /etc/resolv.conf.
 	Nameservers []string `protobuf:"bytes,4,rep,name=nameservers,proto3" json:"nameservers,omitempty"`
 	// 0: left as it is.
-	Mtu           uint32 `protobuf:"varint,5,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Mtu uint32 `protobuf:"varint,5,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	// Address, gateway, nameservers and MTU are those that a server gives it
+	// (DHCP), for as long as it does; the fields above are empty then.
+	Dhcp          bool `protobuf:"varint,6,opt,name=dhcp,proto3" json:"dhcp,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -598,6 +601,13 @@ func (x *Network) GetMtu() uint32 {
 		return x.Mtu
 	}
 	return 0
+}
+
+func (x *Network) GetDhcp() bool {
+	if x != nil {
+		return x.Dhcp
+	}
+	return false
 }
 
 // Workload is what runs, unless Configure says more.
@@ -930,13 +940,14 @@ const file_choiros_guest_v1_machine_proto_rawDesc = "" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x1b\n" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\"\x1b\n" +
 	"\aRosetta\x12\x10\n" +
-	"\x03tag\x18\x01 \x01(\tR\x03tag\"\x83\x01\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\"\x97\x01\n" +
 	"\aNetwork\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x18\n" +
 	"\agateway\x18\x03 \x01(\tR\agateway\x12 \n" +
 	"\vnameservers\x18\x04 \x03(\tR\vnameservers\x12\x10\n" +
-	"\x03mtu\x18\x05 \x01(\rR\x03mtu\"\xc8\x01\n" +
+	"\x03mtu\x18\x05 \x01(\rR\x03mtu\x12\x12\n" +
+	"\x04dhcp\x18\x06 \x01(\bR\x04dhcp\"\xc8\x01\n" +
 	"\bWorkload\x12\x18\n" +
 	"\acommand\x18\x01 \x03(\tR\acommand\x125\n" +
 	"\x03env\x18\x02 \x03(\v2#.choiros.guest.v1.Workload.EnvEntryR\x03env\x12\x12\n" +
