@@ -124,6 +124,8 @@ type life struct {
 	// can have no guestd any more.
 	rebooted chan struct{}
 	lost     chan string
+	// pressing is set once somebody presses the power button.
+	pressing atomic.Bool
 	// called is sent to whenever guestd has called, if nobody was told yet.
 	called chan struct{}
 	// held is sent what guestd says when it is still.

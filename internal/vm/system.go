@@ -14,8 +14,12 @@ import (
 // stop, may take to switch itself off: systemd gives each of its units 90 s.
 const systemOffLimit = 3 * time.Minute
 
-// pressLimit is how long a hypervisor may take to press the power button.
-const pressLimit = 5 * time.Second
+const (
+	// pressLimit is how long a hypervisor may take to press the power button.
+	pressLimit = 5 * time.Second
+	// pressAgain is after how long it is pressed once more.
+	pressAgain = 10 * time.Second
+)
 
 // ownSystem reports whether the machine has a system of its own, in which
 // guestd is a service.
@@ -32,11 +36,25 @@ func (l *life) systemOnly() bool {
 func (l *life) guestCalled() bool { return l.guest.Load() != nil || l.savedKey != nil }
 
 // pressPower presses the power button of a machine with a system of its own,
-// which has its way to stop without guestd. The guest kit has none.
+// which has its way to stop without guestd, until it is off: in one that still
+// boots there is nobody yet who takes notice. The guest kit has none.
 func (l *life) pressPower() {
-	if !l.ownSystem() {
+	if !l.ownSystem() || !l.pressing.CompareAndSwap(false, true) {
 		return
 	}
+	again := time.NewTicker(pressAgain)
+	defer again.Stop()
+	for {
+		l.pressOnce()
+		select {
+		case <-again.C:
+		case <-l.machine.Done():
+			return
+		}
+	}
+}
+
+func (l *life) pressOnce() {
 	ctx, cancel := context.WithTimeout(context.Background(), pressLimit)
 	defer cancel()
 	err := l.machine.PressPower(ctx)
