@@ -41,7 +41,13 @@ func listener(ctx context.Context, path string) (int, error) {
 		return 0, err
 	}
 	defer conn.Close()
-	return peerPID(conn.(*net.UnixConn)), nil
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	pid := 0
+	err = raw.Control(func(fd uintptr) { pid = peerOf(int(fd)) }) //nolint:gosec // a descriptor
+	return pid, err
 }
 
 // nobodyListens reports whether that is what an error of a dial says.

@@ -2,26 +2,19 @@ package main
 
 import (
 	"errors"
-	"net"
 	"os"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// peerPID is the process at the other end of a connection: LOCAL_PEERPID in
+// peerOf is the process at the other end of a socket: LOCAL_PEERPID in
 // sys/un.h. 0 if it is not told.
-func peerPID(conn *net.UnixConn) int {
-	raw, err := conn.SyscallConn()
+func peerOf(fd int) int {
+	pid, err := unix.GetsockoptInt(fd, unix.SOL_LOCAL, unix.LOCAL_PEERPID)
 	if err != nil {
 		return 0
 	}
-	pid := 0
-	_ = raw.Control(func(fd uintptr) {
-		if peer, err := unix.GetsockoptInt(int(fd), unix.SOL_LOCAL, unix.LOCAL_PEERPID); err == nil {
-			pid = peer
-		}
-	})
 	return pid
 }
 

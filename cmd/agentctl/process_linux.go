@@ -2,27 +2,20 @@ package main
 
 import (
 	"errors"
-	"net"
 	"os"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// peerPID is the process at the other end of a connection: SO_PEERCRED in
-// unix(7). 0 if it cannot be seen from here.
-func peerPID(conn *net.UnixConn) int {
-	raw, err := conn.SyscallConn()
+// peerOf is the process at the other end of a socket: SO_PEERCRED in unix(7). 0
+// if it cannot be seen from here.
+func peerOf(fd int) int {
+	peer, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil {
 		return 0
 	}
-	pid := 0
-	_ = raw.Control(func(fd uintptr) {
-		if peer, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			pid = int(peer.Pid)
-		}
-	})
-	return pid
+	return int(peer.Pid)
 }
 
 // hasEnded reports whether a process has, also one whose parent has not asked
