@@ -382,7 +382,7 @@ func TestInstallRefusesPlacesAndSources(t *testing.T) {
 		is          error
 	}{
 		"a folder of somebody's": {good, taken, "already exists and is no kit that was installed", sandbox.ErrExists},
-		"no file":                {filepath.Join(filepath.Dir(good), "none"), kits(t), "no checksum for none", nil},
+		"no file":                {filepath.Join(filepath.Dir(good), "none"), kits(t), "no such file", nil},
 		"a folder":               {filepath.Dir(good), kits(t), "SHA256SUMS beside it cannot be had", sandbox.ErrNotFound},
 		"nothing":                {"", kits(t), "FILE: is empty", sandbox.ErrInvalid},
 		"plain http":             {"http://127.0.0.1/x.tar.gz", kits(t), "URL: begins with http://; it must be https://", sandbox.ErrInvalid},

@@ -47,7 +47,9 @@ func sourceOf(o Options) (source, error) {
 	case o.Source == "":
 		return nil, sandbox.Invalidf("FILE", "is empty")
 	case !isURL:
-		return file(o.Source), nil
+		// Or it would be missed by what is said of the checksums beside it.
+		_, err := os.Stat(o.Source)
+		return file(o.Source), missing(err)
 	case strings.ToLower(scheme) != "https":
 		return nil, sandbox.Invalidf("URL", "begins with %s://; it must be https://", scheme)
 	}
