@@ -260,10 +260,8 @@ func BenchmarkMachineMemory(b *testing.B) {
 	var all memory
 	for pid, command := range processesOfMachine(b, h.state, "machine") {
 		name := "shim"
-		for prefix, short := range map[string]string{"qemu-": "qemu", "vhost-": "vsock"} {
-			if strings.HasPrefix(command, prefix) {
-				name = short
-			}
+		if strings.HasPrefix(command, "qemu-") {
+			name = "qemu"
 		}
 		m := memoryOf(b, pid)
 		each[name], all = each[name].plus(m), all.plus(m)

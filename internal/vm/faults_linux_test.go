@@ -3,6 +3,7 @@ package vm_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"syscall"
@@ -29,11 +30,8 @@ func TestFaults(t *testing.T) {
 	// A group, so that there is a moment after all of them.
 	t.Run("group", func(t *testing.T) {
 		for name, test := range map[string]func(t *testing.T, d *vm.Driver, root string){
-			"QEMUDies":      func(t *testing.T, d *vm.Driver, root string) { dies(t, d, root, "qemu-system", "qemu: signal: killed") },
-			"VirtiofsdDies": func(t *testing.T, d *vm.Driver, root string) { dies(t, d, root, "virtiofsd", "virtiofsd") },
-			"VsockDies": func(t *testing.T, d *vm.Driver, root string) {
-				dies(t, d, root, "vhost-device-vsock", "vhost-device-vsock")
-			},
+			"QEMUDies":           func(t *testing.T, d *vm.Driver, root string) { dies(t, d, root, "qemu-system", "qemu: signal: killed") },
+			"VirtiofsdDies":      func(t *testing.T, d *vm.Driver, root string) { dies(t, d, root, "virtiofsd", "virtiofsd") },
 			"ShimDies":           func(t *testing.T, d *vm.Driver, root string) { dies(t, d, root, "shim", "its shim was killed") },
 			"DeathInHibernation": deathInHibernation,
 			"StopOverHibernate":  stopOverHibernate,
@@ -65,9 +63,6 @@ func dies(t *testing.T, d *vm.Driver, root, name, reason string) {
 	v := newVictim(t, d, root, "dies-"+name[:4], []sandbox.Mount{{Kind: sandbox.MountData, Source: data, Target: "/data"}}, "ignore-term")
 
 	starting := background(func() error { return d.Start(t.Context(), v.ref) })
-	if name == "vhost-device-vsock" && !usesVsockDevice(v) {
-		t.Skip("vsock is the kernel's here")
-	}
 	v.signal(name, syscall.SIGKILL)
 	v.generation++
 	if err := v.returns("Start", starting, time.Minute); err != nil {
@@ -115,14 +110,6 @@ func dies(t *testing.T, d *vm.Driver, root, name, reason string) {
 	v.exited(137, reason)
 }
 
-// usesVsockDevice waits for a machine's QEMU, and reports whether its vsock is
-// a program's.
-func usesVsockDevice(v *victim) bool {
-	v.Helper()
-	v.until("its QEMU runs", func() bool { return v.process("qemu-system") != 0 || v.process("vhost-device-vsock") != 0 })
-	return v.process("vhost-device-vsock") != 0
-}
-
 // saving starts to hibernate a machine, and returns once its memory is being
 // written.
 func (v *victim) saving() <-chan error {
@@ -158,11 +145,8 @@ func (v *victim) unsaved() {
 
 func deathInHibernation(t *testing.T, d *vm.Driver, root string) {
 	v := newVictim(t, d, root, "hibernating", nil, "print-loop", "20ms")
-	for _, name := range []string{"qemu-system", "vhost-device-vsock", "shim"} {
+	for _, name := range []string{"qemu-system", "shim"} {
 		v.up()
-		if v.process(name) == 0 {
-			continue // vsock is the kernel's here
-		}
 		saving := v.saving()
 		v.signal(name, syscall.SIGKILL)
 		if err := v.returns("Hibernate", saving, 30*time.Second); err == nil || errors.Is(err, sandbox.ErrUnsupported) {
@@ -259,28 +243,38 @@ func silentQEMU(t *testing.T, d *vm.Driver, root string) {
 	}
 }
 
+// losesVsock has root inside take the vsock device from its driver.
+func (v *victim) losesVsock() {
+	v.Helper()
+	for n := range 20 {
+		ctx, cancel := context.WithTimeout(v.Context(), time.Second)
+		defer cancel()
+		// The one of them that is the device does not answer any more.
+		_, _ = v.guest().Exec(ctx, guest.Command{Args: []string{
+			"/workload", "write", "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport/unbind", fmt.Sprint("virtio", n),
+		}, NoInput: true})
+		if _, err := v.guest().Hello(ctx); err != nil {
+			return
+		}
+	}
+	v.Fatal("its guestd still answers")
+}
+
 // silentVsock is a machine whose guestd cannot be reached any more, and then
 // one whose kernel panics.
 func silentVsock(t *testing.T, d *vm.Driver, root string) {
 	v := newVictim(t, d, root, "wedged", nil, "sleep")
 	v.up()
-	if v.process("vhost-device-vsock") != 0 {
-		v.signal("vhost-device-vsock", syscall.SIGSTOP)
-		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
-		defer cancel()
-		if info, err := v.guest().Hello(ctx); err == nil {
-			t.Errorf("Hello says %+v", info)
-		}
-		begun := time.Now()
-		if err := d.Stop(t.Context(), v.ref, time.Second); err != nil {
-			t.Error(err)
-		}
-		if took := time.Since(begun); took < time.Second || took > 9*time.Second {
-			t.Errorf("Stop took %s", took)
-		}
-		v.exited(137, "did not stop within its grace")
-		v.up()
+	v.losesVsock()
+	begun := time.Now()
+	if err := d.Stop(t.Context(), v.ref, time.Second); err != nil {
+		t.Error(err)
 	}
+	if took := time.Since(begun); took < time.Second || took > 9*time.Second {
+		t.Errorf("Stop took %s", took)
+	}
+	v.exited(137, "did not stop within its grace")
+	v.up()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	// It may be too late for an answer.

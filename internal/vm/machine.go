@@ -48,8 +48,8 @@ type Machine interface {
 	Save(ctx context.Context, path string) (key []byte, err error)
 
 	// Dial opens a byte stream to a vsock port inside. The caller closes the
-	// connection, which has CloseWrite; ctx ends only the dialling. Where it
-	// is a socket of the kernel's, it is a syscall.Conn of that socket.
+	// connection, which has CloseWrite and is a syscall.Conn, so that it can
+	// be passed to another process; ctx ends only the dialling.
 	Dial(ctx context.Context, port uint32) (net.Conn, error)
 
 	// Listen accepts what the guest connects to a vsock port of the host's.

@@ -130,28 +130,20 @@ func (l *life) halt(halted bool) error {
 	return change(ctx)
 }
 
-// dial connects to a port inside and passes the connection on: itself if it is
-// the kernel's, else what goes through it.
+// dial connects to a port inside and passes the connection on.
 func (l *life) dial(conn *net.UnixConn, port uint32) {
 	ctx, cancel := context.WithTimeout(context.Background(), dialLimit)
 	defer cancel()
+	defer conn.Close()
 	inside, err := l.connect(ctx, port)
 	if err != nil {
 		answerError(conn, err)
-		conn.Close()
 		return
 	}
-	if passable, ok := inside.(syscall.Conn); ok && pass(conn, passable) == nil {
-		inside.Close()
-		conn.Close()
-		return
+	defer inside.Close()
+	if err := pass(conn, inside); err != nil {
+		answerError(conn, err)
 	}
-	if _, err := conn.Write([]byte{answerStream}); err != nil {
-		inside.Close()
-		conn.Close()
-		return
-	}
-	relay(conn, inside)
 }
 
 // connect connects to a port inside, once somebody is there: requests that a
@@ -173,8 +165,12 @@ func (l *life) connect(ctx context.Context, port uint32) (net.Conn, error) {
 }
 
 // pass sends a connection's descriptor.
-func pass(conn *net.UnixConn, inside syscall.Conn) error {
-	raw, err := inside.SyscallConn()
+func pass(conn *net.UnixConn, inside net.Conn) error {
+	socket, ok := inside.(syscall.Conn)
+	if !ok {
+		return fmt.Errorf("a %T cannot be passed on", inside)
+	}
+	raw, err := socket.SyscallConn()
 	if err != nil {
 		return err
 	}

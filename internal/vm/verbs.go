@@ -213,16 +213,12 @@ func (d *Driver) dial(ctx context.Context, ref sandbox.Ref, port uint32) (net.Co
 	if err != nil {
 		return nil, err
 	}
-	if passed != nil {
-		conn.Close()
-		return passed, nil
+	conn.Close()
+	if passed == nil {
+		return nil, errors.New("no connection came with the answer")
 	}
-	return &relayed{conn}, nil
+	return passed, nil
 }
-
-// relayed is a connection that goes through a shim. It is no *net.UnixConn to
-// whoever asks: no descriptor can be passed over it.
-type relayed struct{ closeWriter }
 
 // Pause implements sandbox.Pauser.
 func (d *Driver) Pause(ctx context.Context, ref sandbox.Ref) error {

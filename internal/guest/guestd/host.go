@@ -30,7 +30,6 @@ const (
 // host is guestd's connection to the shim that owns the machine. It breaks when
 // the machine's memory is saved, and then there is another.
 type host struct {
-	credit bool
 	// rekey is told the key that connections begin with from now on.
 	rekey func(key []byte)
 	// orders are signals, as if guestd had been sent them.
@@ -47,8 +46,8 @@ type host struct {
 }
 
 // callHost calls the shim, and returns what the machine is to become.
-func callHost(ctx context.Context, credit bool, rekey func([]byte)) (*host, *guestv1.Machine, error) {
-	h := &host{credit: credit, rekey: rekey, orders: make(chan syscall.Signal, maxOrders), gone: make(chan struct{})}
+func callHost(ctx context.Context, rekey func([]byte)) (*host, *guestv1.Machine, error) {
+	h := &host{rekey: rekey, orders: make(chan syscall.Signal, maxOrders), gone: make(chan struct{})}
 	ctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
 	plan, err := h.call(ctx)
@@ -64,9 +63,6 @@ func (h *host) call(ctx context.Context) (*guestv1.Machine, error) {
 	raw, err := dialHost(ctx, port)
 	if err != nil {
 		return nil, fmt.Errorf("call the host: %w", err)
-	}
-	if h.credit {
-		raw = wire.WithCredit(raw)
 	}
 	conn := wire.New(raw, wire.MaxFrame)
 	deadline, _ := ctx.Deadline()

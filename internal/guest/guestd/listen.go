@@ -26,8 +26,6 @@ var errStranger = errors.New("not the agent")
 type channel struct {
 	net.Listener
 	admits func(net.Conn) error
-	// credit: connections are to be wrapped; see wire.WithCredit.
-	credit bool
 }
 
 // listen opens the guest channel at unix:PATH or vsock:PORT.

@@ -47,11 +47,10 @@ func live(ctx context.Context, o options, first bool, signals <-chan os.Signal) 
 		}
 		raiseLimits()
 	}
-	credit := machine.NeedsCredit()
-	if err := l.open(ctx, o, credit); err != nil {
+	if err := l.open(ctx, o); err != nil {
 		return exitFault, err
 	}
-	h, plan, err := callHost(ctx, credit, l.rekey)
+	h, plan, err := callHost(ctx, l.rekey)
 	if err != nil {
 		return exitFault, err
 	}

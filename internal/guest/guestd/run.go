@@ -140,7 +140,7 @@ func run(o options, first bool) (int, error) {
 		_ = os.Remove(oomFile(o.listen)) // of a past life
 	}
 	s := newServer(o, first)
-	if err := s.open(ctx, o, false); err != nil {
+	if err := s.open(ctx, o); err != nil {
 		return exitFault, err
 	}
 	for {
@@ -182,12 +182,11 @@ func oomKills() uint64 {
 }
 
 // open listens, and serves until ctx ends.
-func (s *server) open(ctx context.Context, o options, credit bool) error {
+func (s *server) open(ctx context.Context, o options) error {
 	listener, err := listen(o.listen, o.trust)
 	if err != nil {
 		return err
 	}
-	listener.credit = credit
 	context.AfterFunc(ctx, func() { listener.Close() })
 	go s.children.reap(ctx)
 	go s.serve(ctx, listener)

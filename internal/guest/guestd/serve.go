@@ -77,9 +77,6 @@ func (s *server) serve(ctx context.Context, channel *channel) {
 			conn.Close()
 			continue
 		}
-		if channel.credit {
-			conn = wire.WithCredit(conn)
-		}
 		waiting, ok := s.queue.enter(conn)
 		if !ok {
 			refuse(conn)

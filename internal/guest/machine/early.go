@@ -111,13 +111,6 @@ func (i *Initramfs) Free() {
 	_ = i.root.Close()
 }
 
-// NeedsCredit reports whether the vsock device of this machine forgets to give
-// credit; see wire.WithCredit.
-func NeedsCredit() bool {
-	cmdline, err := os.ReadFile("/proc/cmdline")
-	return err == nil && slices.Contains(strings.Fields(string(cmdline)), "choiros.credit=1")
-}
-
 // HostPort is the host's vsock port that stands for port. Where vsock is the
 // host kernel's its ports are shared by all guests, and each has its own at the
 // distance of its CID.

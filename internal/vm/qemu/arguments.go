@@ -16,11 +16,11 @@ type vsockKind int
 const (
 	// vsockKernel is /dev/vhost-vsock.
 	vsockKernel vsockKind = iota + 1
-	// vsockUser is vhost-device-vsock.
+	// vsockUser is package vhost.
 	vsockUser
 )
 
-// userCID is the guest's address where vhost-device-vsock is its device, which
+// userCID is the guest's address where package vhost is its device, which
 // serves one guest: no two meet.
 const userCID = 3
 
@@ -36,7 +36,7 @@ const (
 type descriptors struct {
 	qmp     int
 	network int
-	// vsock is /dev/vhost-vsock, or a connection to vhost-device-vsock.
+	// vsock is /dev/vhost-vsock, or a connection to package vhost.
 	vsock int
 	// shares are connections to virtiofsd, one for each share.
 	shares []int

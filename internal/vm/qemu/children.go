@@ -27,14 +27,11 @@ const (
 
 // child is a process of a machine's.
 type child struct {
-	name string // for people
-	cmd  *exec.Cmd
-	said tail
-	// retired says that its end is wanted. It is written before it is killed,
-	// and read after it has ended.
-	retired bool
-	ended   chan struct{} // closed once it was waited for
-	err     error         // after that: how it ended, as exec.Cmd.Wait has it
+	name  string // for people
+	cmd   *exec.Cmd
+	said  tail
+	ended chan struct{} // closed once it was waited for
+	err   error         // after that: how it ended, as exec.Cmd.Wait has it
 }
 
 // children are the processes of one machine. The kernel kills them when the
@@ -127,16 +124,6 @@ func (c *children) begin(k *child) error {
 		c.all = append(c.all, k)
 	}
 	return err
-}
-
-// retire ends a child that is not needed any more.
-func (c *children) retire(k *child) {
-	k.retired = true
-	_ = k.cmd.Process.Kill() // it fails only where the process was waited for
-	<-k.ended
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.all = slices.DeleteFunc(c.all, func(other *child) bool { return other == k })
 }
 
 // signal kills all of them, and waits for nothing.

@@ -1,8 +1,8 @@
 // Package qemu is the body of vm.Machine on Linux: QEMU, told what to do over
 // QMP, with KVM where that works and by emulation elsewhere.
 //
-// A machine is one QEMU process, one virtiofsd for each share and, where the
-// kernel has no vsock of its own to lend, one vhost-device-vsock. They get a
+// A machine is one QEMU process and one virtiofsd for each share. Where the
+// kernel has no vsock of its own to lend, package vhost is it. The processes get a
 // minimal environment, none of this process's descriptors but those meant for
 // them, and the machine's folder to work in, so that no socket has a long name.
 // If one of them dies the machine is killed; if this process dies, however,

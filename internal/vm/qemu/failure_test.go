@@ -34,7 +34,7 @@ func withShare(dir string) func(*vm.Config, *qemu.Options) {
 
 func TestDeathOfAProcessEndsMachine(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"qemu-system", "virtiofsd", "vhost-device-vsock"} {
+	for _, name := range []string{"qemu-system", "virtiofsd"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			g := newGuest(t, withShare(t.TempDir()))

@@ -14,6 +14,7 @@ import (
 	"github.com/digitalocean/go-qemu/qmp"
 
 	"github.com/choiros/agent/internal/vm"
+	"github.com/choiros/agent/internal/vm/qemu/vhost"
 )
 
 // killTimeout is how long a killed process may take to be gone: one that the
@@ -30,16 +31,14 @@ type machine struct {
 	options   Options
 	plan      plan
 	qemuPath  string
-	virtiofsd string // path
-	sandbox   string // of virtiofsd
-	vsockPath string // of vhost-device-vsock
-	device    *os.File
+	virtiofsd string        // path
+	sandbox   string        // of virtiofsd
+	device    *os.File      // the kernel's of vsock, or
+	vsock     *vhost.Device // one of our own
 	dir       folder
 	transport transport
 	children  *children
-	// vsockChild is vhost-device-vsock, while there is one.
-	vsockChild *child
-	done       chan struct{}
+	done      chan struct{}
 	// full is sent to when QEMU halts for want of room on the host's disk, and
 	// stalled is what vm.Staller says of it.
 	full    chan struct{}
@@ -53,8 +52,8 @@ type machine struct {
 	stage     stage
 	killed    bool
 	shutdown  string // reason in QEMU's SHUTDOWN event
+	broken    error  // what the guest has done to its vsock device
 	plugged   bool   // the vsock device that can be unplugged
-	inUse     bool   // of which the guest has taken hold
 	unplugged chan struct{}
 	listeners []net.Listener
 	mon       *monitor
@@ -111,11 +110,8 @@ func (m *machine) prepare(ctx context.Context) error {
 		m.plan.vsock, m.transport = vsockKernel, kernelGuest{m.plan.cid}
 		config.Cmdline += cidPortsWord
 	} else {
-		if m.vsockPath, err = m.options.vsockPath(); err != nil {
-			return err
-		}
-		m.plan.vsock, m.transport = vsockUser, userVsock{m.dir}
-		config.Cmdline += creditWord
+		m.vsock = vhost.New(userCID)
+		m.plan.vsock, m.transport = vsockUser, userVsock{m.vsock}
 	}
 	m.children = newChildren(config.Dir)
 	return nil
@@ -157,7 +153,7 @@ func (m *machine) launch(ctx context.Context) error {
 	if network := m.plan.config.Network; network != nil {
 		m.plan.fds.network = pass.lend(network)
 	}
-	if err := m.launchHelpers(ctx, &pass); err != nil {
+	if err := m.launchHelpers(&pass); err != nil {
 		m.end(err)
 		return err
 	}
@@ -181,7 +177,7 @@ func (m *machine) launch(ctx context.Context) error {
 	return nil
 }
 
-func (m *machine) launchHelpers(ctx context.Context, pass *passing) error {
+func (m *machine) launchHelpers(pass *passing) error {
 	for i := range m.plan.config.Shares {
 		conn, err := m.startShare(i)
 		if err != nil {
@@ -196,7 +192,7 @@ func (m *machine) launchHelpers(ctx context.Context, pass *passing) error {
 	if m.plan.config.Restore != "" {
 		return nil // it is plugged in later
 	}
-	conn, err := m.startVsock(ctx)
+	conn, err := m.serveVsock()
 	if err != nil {
 		return err
 	}
@@ -205,31 +201,28 @@ func (m *machine) launchHelpers(ctx context.Context, pass *passing) error {
 	return nil
 }
 
-// startVsock starts vhost-device-vsock and connects to it. It is made for one
-// connection: when that ends it makes all its sockets anew, and whoever connects
-// meanwhile meets the old ones or the new.
-func (m *machine) startVsock(ctx context.Context) (*os.File, error) {
-	args := []string{fmt.Sprintf("--guest-cid=%d", userCID), "--socket=" + vhostSocket, "--uds-path=" + vsockSocket, "--tx-buffer-size=262144"}
-	device, err := m.children.start("vhost-device-vsock", m.vsockPath, args, nil, nil)
+// serveVsock has the device serve another front end, and returns the end of the
+// connection that is QEMU's.
+func (m *machine) serveVsock() (*os.File, error) {
+	mine, theirs, err := socketpair("vhost-user")
 	if err != nil {
 		return nil, err
 	}
-	m.vsockChild = device
-	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
-	defer cancel()
-	for {
-		conn, err := m.dir.connect(vhostSocket)
-		if err == nil {
-			return conn, nil
-		}
-		select {
-		case <-time.After(2 * time.Millisecond): // it does not say when it listens
-		case <-device.ended:
-			return nil, device.failure()
-		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for vhost-device-vsock: %w: %w", context.Cause(ctx), err)
-		}
+	defer mine.Close()
+	conn, err := net.FileConn(mine)
+	if err != nil {
+		theirs.Close()
+		return nil, err
 	}
+	go func() {
+		if err := m.vsock.Serve(conn.(*net.UnixConn)); err != nil { //nolint:forcetypeassert // It is one of a pair of them.
+			m.mu.Lock()
+			m.broken = fmt.Errorf("vsock: %w", err)
+			m.mu.Unlock()
+			m.children.signal()
+		}
+	}()
+	return theirs, nil
 }
 
 // powerOn brings a QEMU that has just started to where its processors run.
@@ -274,7 +267,7 @@ func (m *machine) note(event qmp.Event) {
 		m.noteDiskError(event.Data)
 	case "DEVICE_DELETED":
 		if event.Data["device"] == vsockDevice {
-			m.plugged, m.inUse = false, false
+			m.plugged = false
 			if m.unplugged != nil {
 				close(m.unplugged)
 				m.unplugged = nil
@@ -286,9 +279,6 @@ func (m *machine) note(event qmp.Event) {
 // watch waits until one of the processes ends, and ends the machine.
 func (m *machine) watch(qemu *child) {
 	first := <-m.children.fall
-	for first.retired {
-		first = <-m.children.fall
-	}
 	if first != qemu && first.cmd.ProcessState.Exited() {
 		// QEMU lets go of its helpers, which end then, before it ends itself.
 		select {
@@ -310,6 +300,8 @@ func (m *machine) verdict(qemu, first *child) error {
 	switch {
 	case m.killed:
 		return nil
+	case m.broken != nil:
+		return m.broken
 	case first != qemu || qemu.err != nil:
 		return first.failure()
 	}
@@ -356,18 +348,12 @@ func (m *machine) release() {
 	if m.device != nil {
 		m.device.Close()
 	}
+	if m.vsock != nil {
+		m.vsock.Close()
+	}
 	if m.dir.file != nil {
-		if m.plan.vsock == vsockUser {
-			// Each may be there or not: vhost-device-vsock was killed.
-			m.removeVsockSockets()
-		}
 		m.dir.file.Close()
 	}
-}
-
-func (m *machine) removeVsockSockets() {
-	_ = m.dir.remove(vhostSocket)
-	_ = m.dir.remove(vsockSocket)
 }
 
 func (m *machine) PressPower(ctx context.Context) error {
@@ -410,11 +396,7 @@ func (m *machine) Kill() error {
 }
 
 func (m *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
-	_, err := m.running()
-	if err == nil {
-		err = m.vsockStarted(ctx)
-	}
-	if err != nil {
+	if _, err := m.running(); err != nil {
 		return nil, fmt.Errorf("dial vsock port %d: %w: %w", port, vm.ErrNoListener, err)
 	}
 	conn, err := m.transport.dial(ctx, port)

@@ -25,7 +25,7 @@ const (
 type Options struct {
 	// Paths of the programs; empty: looked for in PATH, then in /usr/libexec
 	// and /usr/lib/qemu. QEMU's is that of the guest's architecture.
-	QEMU, Virtiofsd, VhostDeviceVsock string
+	QEMU, Virtiofsd string
 	// Accelerator is one of the constants; empty: Auto. Who makes many
 	// machines asks Probe once and passes on what it said.
 	Accelerator string
@@ -50,7 +50,6 @@ const (
 	qemuAMD64Cure = "Debian: apt-get install qemu-system-x86; NixOS: the package qemu"
 	qemuARM64Cure = "Debian: apt-get install qemu-system-arm; NixOS: the package qemu"
 	virtiofsdCure = "Debian: apt-get install virtiofsd; NixOS: the package virtiofsd"
-	vsockCure     = "load the kernel module vhost_vsock and let this user open /dev/vhost-vsock; or Debian testing: apt-get install vhost-device-vsock; NixOS: the package vhost-device-vsock"
 )
 
 var errUnknownArch = errors.New("architecture is not amd64 or arm64")
@@ -68,10 +67,6 @@ func (o Options) qemuPath(arch string) (string, error) {
 
 func (o Options) virtiofsdPath() (string, error) {
 	return find(o.Virtiofsd, "virtiofsd", virtiofsdCure)
-}
-
-func (o Options) vsockPath() (string, error) {
-	return find(o.VhostDeviceVsock, "vhost-device-vsock", vsockCure)
 }
 
 // find is where a program is, as an absolute path.

@@ -29,7 +29,7 @@ type Report struct {
 	// WhyNotKVM is empty if Accelerator is KVM.
 	WhyNotKVM string
 	// Missing is what is not there. Without QEMU nothing works, without
-	// virtiofsd no share, without vhost-device-vsock nothing where it is named.
+	// virtiofsd no share.
 	Missing []*MissingError
 }
 
@@ -47,14 +47,6 @@ func Probe(ctx context.Context, o Options) (Report, error) {
 		}
 	}
 	path, err = o.virtiofsdPath()
-	if err := r.note(ctx, path, err); err != nil {
-		return r, err
-	}
-	if device, err := kernelVsock(); err == nil {
-		device.Close()
-		return r, nil
-	}
-	path, err = o.vsockPath()
 	return r, r.note(ctx, path, err)
 }
 

@@ -29,7 +29,7 @@ func TestProbe(t *testing.T) {
 
 func TestProbeSaysWhatIsMissing(t *testing.T) {
 	t.Parallel()
-	report, err := qemu.Probe(t.Context(), qemu.Options{QEMU: "/nowhere/qemu", Virtiofsd: "/nowhere/virtiofsd", VhostDeviceVsock: "/bin/true"})
+	report, err := qemu.Probe(t.Context(), qemu.Options{QEMU: "/nowhere/qemu", Virtiofsd: "/nowhere/virtiofsd"})
 	if err != nil {
 		t.Fatal(err)
 	}

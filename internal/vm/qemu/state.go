@@ -48,7 +48,7 @@ func (m *machine) Resume(ctx context.Context) error {
 // Save has QEMU migrate the machine into a pipe, from which what comes is sealed
 // on its way to the file: none of it is on a disk as it is. A device in another process
 // has a state that QEMU does not know, so a machine with shares is refused, and
-// vhost-device-vsock is unplugged meanwhile: the guest, which must let go of it,
+// package vhost's is unplugged meanwhile: the guest, which must let go of it,
 // runs for a moment, and finds its connections broken and its listeners as they were.
 func (m *machine) Save(ctx context.Context, path string) (key []byte, err error) {
 	m.changing.Lock()
@@ -270,15 +270,12 @@ func (m *machine) plugVsock(ctx context.Context) error {
 	if plugged || m.plan.vsock != vsockUser {
 		return nil
 	}
-	if m.vsockChild != nil { // that of the device which was there before
-		err := m.mon.run(ctx, "chardev-remove", object{"id": vsockChardev}, nil)
-		if _, refused := errors.AsType[*commandError](err); err != nil && !refused {
-			return err
-		}
-		m.children.retire(m.vsockChild)
-		m.removeVsockSockets()
+	// That of the device which was there before, if one was.
+	err := m.mon.run(ctx, "chardev-remove", object{"id": vsockChardev}, nil)
+	if _, refused := errors.AsType[*commandError](err); err != nil && !refused {
+		return err
 	}
-	conn, err := m.startVsock(ctx)
+	conn, err := m.serveVsock()
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -19,11 +20,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/mdlayher/vsock"
+
 	imagestore "github.com/choiros/agent/internal/image"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/sandbox/drivertest"
 	"github.com/choiros/agent/internal/vm"
 	"github.com/choiros/agent/internal/vm/qemu"
+	"github.com/choiros/agent/internal/vm/qemu/vhost"
 	"github.com/choiros/agent/test/image"
 )
 
@@ -64,8 +68,7 @@ var probe = sync.OnceValues(func() (qemu.Report, error) {
 })
 
 // rebooting is a machine of QEMU's that is as Virtualization.framework's are: a
-// guest that resets it is booted anew. All that calls from inside is taken to
-// be privileged, since vhost-device-vsock does not tell who it is.
+// guest that resets it is booted anew.
 type rebooting struct{ vm.Machine }
 
 func newRebooting(ctx context.Context, c vm.Config) (vm.Machine, error) {
@@ -88,17 +91,14 @@ exec qemu-system-x86_64 "$@"
 }
 
 // SourcePort implements vm.Rebooter.
-func (rebooting) SourcePort(net.Conn) uint32 { return 1 }
-
-// Dial implements vm.Machine. Whoever looks whether a guest is there, and has
-// less time than all others, is told so: vhost-device-vsock does not survive a
-// connection in the midst of a boot.
-func (r rebooting) Dial(ctx context.Context, port uint32) (net.Conn, error) {
-	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) <= 15*time.Second {
-		ours, theirs := net.Pipe()
-		return ours, theirs.Close()
+func (rebooting) SourcePort(conn net.Conn) uint32 {
+	if from, ok := conn.(*vhost.Accepted); ok {
+		return from.SourcePort()
 	}
-	return r.Machine.Dial(ctx, port)
+	if from, ok := conn.RemoteAddr().(*vsock.Addr); ok {
+		return from.Port
+	}
+	return math.MaxUint32
 }
 
 // Rebooting is Config with machines that do not end when their guests reset

@@ -21,8 +21,6 @@ import (
 
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
-
-	"github.com/choiros/agent/internal/guest/wire"
 )
 
 func main() {
@@ -59,7 +57,6 @@ func run() error {
 		}
 	}
 	go watchPower()
-	credit = slices.Contains(words, "choiros.credit=1")
 	if slices.Contains(words, "test.deaf") {
 		fmt.Println("init: ready")
 		return nil
@@ -83,23 +80,13 @@ func run() error {
 		if err != nil {
 			return err
 		}
-		go serve(wrap(conn))
+		go serve(conn.(stream))
 	}
 }
-
-// credit says that the host's vsock has the fault that wire.WithCredit mends.
-var credit bool
 
 type stream interface {
 	net.Conn
 	CloseWrite() error
-}
-
-func wrap(conn net.Conn) stream {
-	if credit {
-		return wire.WithCredit(conn)
-	}
-	return conn.(stream)
 }
 
 func mount(source, kind, target string, flags uintptr) error {
@@ -169,11 +156,10 @@ func dialHost(port string) error {
 	if err != nil {
 		return err
 	}
-	conn, err := vsock.Dial(vsock.Host, uint32(number), nil)
+	host, err := vsock.Dial(vsock.Host, uint32(number), nil)
 	if err != nil {
 		return err
 	}
-	host := wrap(conn)
 	defer host.Close()
 	if _, err := io.WriteString(host, "hello from inside\n"); err != nil {
 		return err
