@@ -191,8 +191,8 @@ func (f *Forwarder) Relayed(sandbox string) Relayed {
 	return r
 }
 
-// Reset closes, with a reset to both sides, those that are still open, and
-// returns how many that were. Unlike CutOff it keeps out none that comes later.
+// Reset closes, with a reset to both sides, those that are still open, each
+// once, and returns how many that were. Unlike CutOff it keeps out none that comes later.
 func (r Relayed) Reset() int {
 	var left []carrier
 	r.f.mu.Lock()
@@ -201,6 +201,7 @@ func (r Relayed) Reset() int {
 			left = append(left, c)
 		}
 	}
+	clear(r.open) // which takes a moment to be over
 	r.f.mu.Unlock()
 	for _, c := range left {
 		c.abort()
