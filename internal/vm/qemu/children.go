@@ -80,7 +80,8 @@ func (c *children) start(name, path string, args []string, input, output *os.Fil
 	// A context would end it with its caller: it ends with the machine.
 	k.cmd = &exec.Cmd{
 		Path: path, Args: append([]string{path}, args...), Dir: c.dir,
-		Env:        []string{"LANG=C.UTF-8", "PATH=/usr/bin:/bin", "TMPDIR=."},
+		// One arena instead of one for each thread saves QEMU 1.5 MiB.
+		Env:        []string{"LANG=C.UTF-8", "PATH=/usr/bin:/bin", "TMPDIR=.", "MALLOC_ARENA_MAX=1"},
 		ExtraFiles: extra, Stderr: &k.said,
 		// A session of its own: what a terminal sends its group is not for it.
 		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setsid: true},
