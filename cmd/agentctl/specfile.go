@@ -106,6 +106,8 @@ func (s *specFile) keys() map[string]func(*yaml.Node, string) error {
 		"restart": s.restart,
 		"labels":  s.texts(d.labels),
 		"options": s.options,
+
+		"exclude": s.exclude, // which some write where it is of no folder
 	}
 }
 

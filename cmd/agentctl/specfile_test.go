@@ -152,7 +152,7 @@ func TestSpecFileErrorsNameTheirPlace(t *testing.T) {
 		{"workspace:\n  path: .\n  exclude: [.env, '*.pem']", "sandbox.yaml:3: workspace.exclude: is not possible: a folder is shown whole, with what comes into it later"},
 		{"data:\n- {path: d, exclude: .env}", "sandbox.yaml:2: data[0].exclude: is not possible: a folder is shown whole, with what comes into it later"},
 		{"disks:\n- {path: a.img, target: /a, size: 1g, exclude: .env}", "sandbox.yaml:2: disks[0].exclude: unknown key"},
-		{"exclude: [.env]", "sandbox.yaml:1: exclude: unknown key"},
+		{"exclude: [.env]", "sandbox.yaml:1: exclude: is not possible: a folder is shown whole, with what comes into it later"},
 		{"data:\n- ok\n- {target: /x}", "sandbox.yaml:3: data[1].path: names no path"},
 		{"ports:\n- 70000", `sandbox.yaml:2: ports[0]: "70000": "70000" is not a port from 1 to 65535`},
 		{"ports:\n- {host: 80}", "sandbox.yaml:2: ports[0].guest: is missing: the port inside the sandbox"},
