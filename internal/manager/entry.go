@@ -36,6 +36,9 @@ type entry struct {
 	// admitted is true while the sandbox counts as one that runs.
 	admitted atomic.Bool
 
+	visiting sync.Mutex
+	visits   map[*Visit]struct{}
+
 	// Guarded by op.
 	rec       store.Record
 	gone      bool       // removed from the map for good
@@ -60,6 +63,7 @@ type entry struct {
 func newEntry(name string) *entry {
 	e := &entry{
 		name: name, op: make(chan struct{}, 1), reconciled: make(chan struct{}), awaited: map[*time.Time]struct{}{},
+		visits: map[*Visit]struct{}{},
 	}
 	e.op <- struct{}{}
 	return e

@@ -36,11 +36,36 @@ type Visit struct {
 	Guest *guest.Guest
 	// Generation is that of the boot that runs.
 	Generation uint64
+	entry      *entry
 	leave      func()
+	calls      []net.Conn // to the guest, those that have ended too; guarded by entry.visiting
 }
 
 // Leave ends the visit.
-func (v *Visit) Leave() { v.leave() }
+func (v *Visit) Leave() {
+	v.entry.visiting.Lock()
+	delete(v.entry.visits, v)
+	v.entry.visiting.Unlock()
+	v.leave()
+}
+
+// called notes that a call to the guest was begun.
+func (v *Visit) called(conn net.Conn) {
+	v.entry.visiting.Lock()
+	defer v.entry.visiting.Unlock()
+	v.calls = append(v.calls, conn)
+}
+
+// calls are visits' to the guest, those that have ended too.
+func (e *entry) calls() []net.Conn {
+	e.visiting.Lock()
+	defer e.visiting.Unlock()
+	var all []net.Conn
+	for v := range e.visits {
+		all = append(all, v.calls...)
+	}
+	return all
+}
 
 // Visit returns the way to the guest of a sandbox that runs, or is becoming
 // ready; one that is paused is resumed. It counts as activity until it is left.
@@ -60,7 +85,18 @@ func (m *Manager) Visit(ctx context.Context, name string) (*Visit, error) {
 	if s.Phase != PhaseReady && s.Phase != PhaseStarting {
 		return nil, fmt.Errorf("sandbox %s is %s: %w", name, s.Phase, sandbox.ErrState)
 	}
-	return &Visit{Guest: m.guest(drv, name), Generation: s.Generation, leave: e.hold()}, nil
+	v := &Visit{Generation: s.Generation, entry: e, leave: e.hold()}
+	v.Guest = guest.New(name, func(ctx context.Context) (net.Conn, error) {
+		conn, err := drv.Dial(ctx, m.ref(name), guest.Port)
+		if err == nil {
+			v.called(conn)
+		}
+		return conn, err
+	})
+	e.visiting.Lock()
+	defer e.visiting.Unlock()
+	e.visits[v] = struct{}{}
+	return v, nil
 }
 
 // hold counts as activity until the function it returns is called.

@@ -3,10 +3,12 @@ package manager
 import (
 	"context"
 	"errors"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/choiros/agent/internal/forward"
 	"github.com/choiros/agent/internal/guest"
 	"github.com/choiros/agent/internal/sandbox"
 	"github.com/choiros/agent/internal/store"
@@ -62,6 +64,27 @@ func (l *link) answers() bool {
 	defer cancel()
 	_, err := l.guest.Hello(ctx)
 	return err == nil
+}
+
+// traffic is what goes over a guest channel at some moment: connections into
+// the sandbox, and callers' visits.
+type traffic struct {
+	relayed forward.Relayed
+	calls   []net.Conn
+}
+
+// traffic is what goes over a sandbox's guest channel now.
+func (m *Manager) traffic(e *entry) traffic { return traffic{m.forward.Relayed(e.name), e.calls()} }
+
+// reset ends what still does, and returns how many connections that were.
+func (t traffic) reset() int {
+	n := t.relayed.Reset()
+	for _, call := range t.calls {
+		if call.Close() == nil { // else it has ended itself
+			n++
+		}
+	}
+	return n
 }
 
 // tellTime has a guest's clock set that may have stood still unseen. It needs the
@@ -199,7 +222,7 @@ func (m *Manager) watchPorts(e *entry, l *link, again <-chan time.Time) (heard b
 	if within(again, l.kick) {
 		return true, err
 	}
-	before := m.forward.Relayed(e.name)
+	before := m.traffic(e)
 	leave()
 	if within(time.After(lastWord), nil) {
 		return true, err
@@ -209,7 +232,7 @@ func (m *Manager) watchPorts(e *entry, l *link, again <-chan time.Time) (heard b
 	}
 	m.catchUp(e, l)
 	if !within(time.After(m.farewell), nil) && waits.Load() {
-		m.log.Warn("the guest channel was cut off", "sandbox", e.name, "connections_closed", before.Reset())
+		m.log.Warn("the guest channel was cut off", "sandbox", e.name, "connections_closed", before.reset())
 	}
 	return true, err
 }

@@ -78,7 +78,7 @@ func (m *Manager) rouseOne(ctx context.Context, e *entry) (found roused) {
 	if l == nil || l.ctx.Err() != nil {
 		return found
 	}
-	before := m.forward.Relayed(e.name)
+	before := m.traffic(e)
 	r := l.rouse()
 	select {
 	case <-r.answered:
@@ -92,7 +92,7 @@ func (m *Manager) rouseOne(ctx context.Context, e *entry) (found roused) {
 		if l.answers() || l.ctx.Err() != nil {
 			return found
 		}
-		found.silent, found.closed = 1, before.Reset()
+		found.silent, found.closed = 1, before.reset()
 		m.log.Warn("guest is silent since the host slept", "sandbox", e.name, "connections_closed", found.closed)
 	}
 	return found

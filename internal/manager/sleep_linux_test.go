@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	guestv1 "github.com/choiros/agent/api/choiros/guest/v1"
+	"github.com/choiros/agent/internal/guest"
 	"github.com/choiros/agent/internal/guest/wire"
 	"github.com/choiros/agent/internal/hostclock"
 	"github.com/choiros/agent/internal/sandbox"
@@ -196,6 +197,22 @@ func (h *host) open(s *Sandbox) net.Conn {
 	return conn
 }
 
+// runs has a caller run a command in a sandbox that goes on and says nothing.
+func (h *host) runs(name string) *guest.Exec {
+	h.t.Helper()
+	visit, err := h.m.Visit(h.t.Context(), name)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(visit.Leave)
+	command, err := visit.Guest.Exec(h.t.Context(), guest.Command{Args: []string{"sleep", "1h"}})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { command.Close() })
+	return command
+}
+
 // carries reports whether a connection to a service does, both ways.
 func carries(conn net.Conn) error {
 	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
@@ -343,6 +360,7 @@ func TestWakingClosesConnectionsWhoseChannelDied(t *testing.T) {
 	h.await("web", "watched", func(s *Sandbox) bool { return len(s.Detected) > 0 || s.GuestdVersion != "" })
 	alive, dead := h.create("other", service(t)), h.open(s)
 	other := h.open(alive)
+	command := h.runs("web")
 	d.cutOff(false)
 	h.m.rouse(night)
 	began := time.Now()
@@ -350,6 +368,9 @@ func TestWakingClosesConnectionsWhoseChannelDied(t *testing.T) {
 		t.Errorf("the connection of before: %v, want a reset", err)
 	}
 	t.Logf("closed after %s", time.Since(began))
+	if _, err := command.Receive(); !errors.Is(err, sandbox.ErrGuest) {
+		t.Errorf("the command of before: %v", err)
+	}
 	if err := carries(h.open(s)); err != nil {
 		t.Errorf("a new one: %v", err)
 	}
@@ -362,7 +383,7 @@ func TestWakingClosesConnectionsWhoseChannelDied(t *testing.T) {
 	if s := h.get("web"); s.Phase != PhaseReady || s.Reason != "" {
 		t.Errorf("%+v", s)
 	}
-	if d.log.said("the guest channel was cut off", "sandbox=web", "connections_closed=1") != 1 {
+	if d.log.said("the guest channel was cut off", "sandbox=web", "connections_closed=2") != 1 {
 		t.Error("it does not say so")
 	}
 }
@@ -372,12 +393,16 @@ func TestWakingClosesConnectionsIntoAGuestThatStaysSilent(t *testing.T) {
 	h, d := newFar(t)
 	s := h.create("web", service(t))
 	conn := h.open(s)
+	command := h.runs("web")
 	d.cutOff(true)
 	h.m.rouse(night)
+	if _, err := command.Receive(); !errors.Is(err, sandbox.ErrGuest) {
+		t.Errorf("the command of before: %v", err)
+	}
 	if err := ends(conn); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the connection of before: %v, want a reset", err)
 	}
-	if d.log.said("the host slept", "guests_silent=1", "connections_closed=1", "clocks_set=0") != 1 {
+	if d.log.said("the host slept", "guests_silent=1", "connections_closed=2", "clocks_set=0") != 1 {
 		t.Error("it does not say so")
 	}
 	d.light()
@@ -395,11 +420,18 @@ func TestFarewellOfAGuestThatWasOnlySlowClosesNothing(t *testing.T) {
 	s := h.create("web", spec)
 	h.await("web", "greeted", func(s *Sandbox) bool { return s.GuestdVersion != "" })
 	conn := h.open(s)
+	command := h.runs("web")
 	for range 3 { // each time the connection of before is asked to end
 		h.m.rouse(night)
 	}
 	if err := carries(conn); err != nil {
 		t.Error(err)
+	}
+	if err := command.Signal(int32(unix.SIGTERM)); err != nil {
+		t.Error(err)
+	}
+	if out, err := command.Receive(); err != nil || out.Exit == nil {
+		t.Errorf("the command of before: %+v, %v", out, err)
 	}
 	if d.log.said("cut off") != 0 {
 		t.Error("the channel was said to be cut off")
