@@ -25,8 +25,10 @@ func TestBoundsOnConnectionsHold(t *testing.T) {
 		if err == nil {
 			t.Cleanup(func() { conn.Close() })
 			conns = append(conns, conn)
-			_, _ = conn.Write([]byte("x"))
-			_, err = io.ReadFull(conn, make([]byte, 1))
+			// A reset is told once: to the write if it came before that.
+			if _, err = conn.Write([]byte("x")); err == nil {
+				_, err = io.ReadFull(conn, make([]byte, 1))
+			}
 		}
 		if err != nil && !isReset(err) {
 			t.Fatal(err)
