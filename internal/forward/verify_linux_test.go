@@ -236,6 +236,9 @@ func TestRelayedAreResetAndNoOthers(t *testing.T) {
 	if n := before.Reset(); n != 1 {
 		t.Errorf("%d were closed, want 1", n)
 	}
+	if n := before.Reset(); n != 0 {
+		t.Errorf("%d were closed again", n)
+	}
 	if _, err := dead.Read(make([]byte, 1)); !isReset(err) {
 		t.Errorf("what was open then: %v, want a reset", err)
 	}
@@ -249,9 +252,6 @@ func TestRelayedAreResetAndNoOthers(t *testing.T) {
 		if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
 			t.Errorf("%s: %v", what, err)
 		}
-	}
-	if n := before.Reset(); n != 0 {
-		t.Errorf("%d were closed again", n)
 	}
 }
 

@@ -344,6 +344,8 @@ func (g *Guest) broken(ctx context.Context, op string, err error) error {
 		return g.odd(op, "it gives no answer")
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return g.odd(op, "it has closed the connection")
+	case errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrClosed):
+		return g.odd(op, "the channel to it was cut off") // by whoever found it dead
 	}
 	return fmt.Errorf("%s %s: %w: %w", op, g.name, sandbox.ErrGuest, err)
 }

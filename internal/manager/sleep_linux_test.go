@@ -197,6 +197,23 @@ func (h *host) open(s *Sandbox) net.Conn {
 	return conn
 }
 
+func TestVisitsThatAreLeftAreForgotten(t *testing.T) {
+	t.Parallel()
+	h, _ := newFar(t)
+	e := h.entry(h.create("web", process.Spec("sleep")).Name)
+	visit, err := h.m.Visit(t.Context(), "web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := visit.Guest.Hello(t.Context()); err != nil || len(e.calls()) != 1 {
+		t.Errorf("a visit has %d calls, %v", len(e.calls()), err)
+	}
+	visit.Leave()
+	if len(e.calls()) != 0 || len(e.visits) != 0 {
+		t.Error("it was left, and is remembered")
+	}
+}
+
 // runs has a caller run a command in a sandbox that goes on and says nothing.
 func (h *host) runs(name string) *guest.Exec {
 	h.t.Helper()
@@ -368,7 +385,7 @@ func TestWakingClosesConnectionsWhoseChannelDied(t *testing.T) {
 		t.Errorf("the connection of before: %v, want a reset", err)
 	}
 	t.Logf("closed after %s", time.Since(began))
-	if _, err := command.Receive(); !errors.Is(err, sandbox.ErrGuest) {
+	if _, err := command.Receive(); !errors.Is(err, sandbox.ErrGuest) || !strings.Contains(err.Error(), "was cut off") {
 		t.Errorf("the command of before: %v", err)
 	}
 	if err := carries(h.open(s)); err != nil {
@@ -396,7 +413,7 @@ func TestWakingClosesConnectionsIntoAGuestThatStaysSilent(t *testing.T) {
 	command := h.runs("web")
 	d.cutOff(true)
 	h.m.rouse(night)
-	if _, err := command.Receive(); !errors.Is(err, sandbox.ErrGuest) {
+	if _, err := command.Receive(); !errors.Is(err, sandbox.ErrGuest) || !strings.Contains(err.Error(), "was cut off") {
 		t.Errorf("the command of before: %v", err)
 	}
 	if err := ends(conn); !errors.Is(err, syscall.ECONNRESET) {
