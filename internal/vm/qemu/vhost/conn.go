@@ -32,7 +32,6 @@ type conn struct {
 	raw    syscall.RawConn // end's
 
 	answered chan struct{} // closed when the guest has; nil: it was the guest that asked
-	settled  bool          // it is closed
 	refusal  error
 	gone     bool // it is no connection any more
 
@@ -51,11 +50,18 @@ type conn struct {
 }
 
 // pending reports whether the guest has yet to answer.
-func (c *conn) pending() bool { return c.answered != nil && !c.settled }
+func (c *conn) pending() bool {
+	select {
+	case <-c.answered:
+		return false
+	default:
+		return c.answered != nil
+	}
+}
 
 // settle ends Dial.
 func (c *conn) settle(refusal error) {
-	c.settled, c.refusal = true, refusal
+	c.refusal = refusal
 	close(c.answered)
 	c.device.changed.Broadcast()
 }
@@ -185,17 +191,6 @@ func (c *conn) give(pieces [][]byte) int {
 	return n
 }
 
-func skip(pieces [][]byte, n int) [][]byte {
-	for len(pieces) > 0 && n >= len(pieces[0]) {
-		n -= len(pieces[0])
-		pieces = pieces[1:]
-	}
-	if n > 0 {
-		pieces[0] = pieces[0][n:]
-	}
-	return pieces
-}
-
 // drain gives the host its backlog.
 func (c *conn) drain() {
 	c.device.mu.Lock()
@@ -260,11 +255,28 @@ func (c *conn) shut(flags uint32) bool {
 	return c.closed != shutBoth && !c.pending()
 }
 
-// socketpair is two connected unix sockets.
-func socketpair() ([2]*os.File, error) {
+// pair makes two connected sockets.
+func pair() (ours, theirs *net.UnixConn, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return [2]*os.File{}, os.NewSyscallError("socketpair", err)
+		return nil, nil, os.NewSyscallError("socketpair", err)
 	}
-	return [2]*os.File{os.NewFile(uintptr(fds[0]), "vsock"), os.NewFile(uintptr(fds[1]), "vsock")}, nil
+	var ends [2]*net.UnixConn
+	for i, fd := range fds {
+		file := os.NewFile(uintptr(fd), "vsock")
+		conn, failed := net.FileConn(file)
+		file.Close()
+		if err = errors.Join(err, failed); failed == nil {
+			ends[i] = conn.(*net.UnixConn) //nolint:forcetypeassert // It is a unix socket.
+		}
+	}
+	if err != nil {
+		for _, end := range ends {
+			if end != nil {
+				end.Close()
+			}
+		}
+		return nil, nil, err
+	}
+	return ends[0], ends[1], nil
 }

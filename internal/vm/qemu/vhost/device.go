@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"os"
 	"sync"
 )
 
@@ -17,8 +16,8 @@ var (
 	ErrNotStarted = errors.New("the guest has not set its vsock device up")
 	// ErrRefused is a port inside at which nobody listens.
 	ErrRefused = errors.New("connection refused by the guest")
-	// ErrInUse is a port of the host's at which somebody listens.
-	ErrInUse = errors.New("somebody listens at that port")
+	// errInUse is a port of the host's at which somebody listens.
+	errInUse = errors.New("somebody listens at that port")
 	// errReset is a connection that the guest has ended, or the device.
 	errReset = errors.New("the connection was reset")
 )
@@ -35,8 +34,6 @@ const (
 	maxConns = 4096
 	// atOnce is how many packets are handled before others have a turn.
 	atOnce = 256
-	// maxQueued is how many connections wait at a listener to be accepted.
-	maxQueued = 128
 )
 
 // The device's rings. It has a third, for events, which QEMU keeps.
@@ -148,88 +145,6 @@ func (d *Device) freePort(port uint32) uint32 {
 		}
 	}
 }
-
-// Listener takes connections of the guest's to a port of the host's.
-type Listener struct {
-	device *Device
-	port   uint32
-	queue  chan net.Conn
-	over   chan struct{}
-	once   sync.Once
-}
-
-// Listen takes connections to a port of the host's, until it is closed.
-func (d *Device) Listen(port uint32) (*Listener, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
-		return nil, net.ErrClosed
-	}
-	if d.listeners[port] != nil {
-		return nil, fmt.Errorf("%w: %d", ErrInUse, port)
-	}
-	l := &Listener{device: d, port: port, queue: make(chan net.Conn, maxQueued), over: make(chan struct{})}
-	d.listeners[port] = l
-	return l, nil
-}
-
-// Accepted is a connection that the guest has made.
-type Accepted struct {
-	*net.UnixConn
-	port uint32
-}
-
-// SourcePort is the guest's own port.
-func (a *Accepted) SourcePort() uint32 { return a.port }
-
-// Accept waits for the next connection, an *Accepted.
-func (l *Listener) Accept() (net.Conn, error) {
-	select {
-	case <-l.over:
-		return nil, net.ErrClosed
-	default:
-	}
-	select {
-	case conn := <-l.queue:
-		return conn, nil
-	case <-l.over:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close ends what waits in Accept, and connections that were not accepted.
-func (l *Listener) Close() error {
-	l.device.mu.Lock()
-	if l.device.listeners[l.port] == l {
-		delete(l.device.listeners, l.port)
-	}
-	l.device.mu.Unlock()
-	l.end()
-	return nil
-}
-
-// end is called once nothing more can come into the queue.
-func (l *Listener) end() {
-	l.once.Do(func() {
-		close(l.over)
-		for {
-			select {
-			case conn := <-l.queue:
-				conn.Close()
-			default:
-				return
-			}
-		}
-	})
-}
-
-// Addr is the port.
-func (l *Listener) Addr() net.Addr { return portAddr(l.port) }
-
-type portAddr uint32
-
-func (portAddr) Network() string  { return "vsock" }
-func (a portAddr) String() string { return fmt.Sprintf("host(2):%d", uint32(a)) }
 
 // receive handles what the guest has sent. It needs mu, and lets go of it in
 // between.
@@ -395,18 +310,9 @@ func (d *Device) place(k key, c *conn, h header, data []byte) int {
 	}
 	var raw [headerSize]byte
 	h.put(raw[:])
-	_, rest := scatter(d.taken.write, raw[:])
-	scatter(rest, data[:n])
+	scatter(scatter(d.taken.write, raw[:]), data[:n])
 	r.give(d.taken.head, headerSize+n)
 	r.hush(true)
-	return n
-}
-
-func size(pieces [][]byte) int {
-	n := 0
-	for _, piece := range pieces {
-		n += len(piece)
-	}
 	return n
 }
 
@@ -486,30 +392,4 @@ func (d *Device) abortAll() {
 		d.abort(c, errReset)
 	}
 	d.answers = nil
-}
-
-// pair makes two connected sockets.
-func pair() (ours, theirs *net.UnixConn, err error) {
-	files, err := socketpair()
-	if err != nil {
-		return nil, nil, err
-	}
-	defer files[0].Close()
-	defer files[1].Close()
-	if ours, err = asConn(files[0]); err != nil {
-		return nil, nil, err
-	}
-	if theirs, err = asConn(files[1]); err != nil {
-		ours.Close()
-		return nil, nil, err
-	}
-	return ours, theirs, nil
-}
-
-func asConn(file *os.File) (*net.UnixConn, error) {
-	conn, err := net.FileConn(file)
-	if err != nil {
-		return nil, err
-	}
-	return conn.(*net.UnixConn), nil //nolint:forcetypeassert // It is a unix socket.
 }

@@ -124,8 +124,9 @@ func (g *guest) tell(request uint32, payload []byte, files ...*os.File) error {
 func (g *guest) exchange(request uint32, payload []byte, files ...*os.File) ([]byte, error) {
 	var fds []int
 	for _, file := range files {
-		fds = append(fds, int(file.Fd()))
-		_ = unix.SetNonblock(int(file.Fd()), true) // which Fd ends
+		raw, err := file.SyscallConn()
+		g.must(err)
+		g.must(raw.Control(func(fd uintptr) { fds = append(fds, int(fd)) }))
 	}
 	head := words32(request, versionOne|wantsReply, uint32(len(payload)))
 	if _, _, err := g.front.WriteMsgUnix(append(head, payload...), unix.UnixRights(fds...), nil); err != nil {
@@ -227,16 +228,29 @@ func (g *guest) offer(r *driverRing, head uint16) {
 	}
 }
 
-// used waits for the next chain that the device has given back.
+// used waits for the next chain that the device has given back. It looks when it
+// is woken, and not before.
 func (g *guest) used(r *driverRing, limit time.Duration) (head, n int, ok bool) {
-	for end := time.Now().Add(limit); ; time.Sleep(50 * time.Microsecond) {
+	g.Helper()
+	g.must(r.call.SetReadDeadline(time.Now().Add(limit)))
+	for {
 		if uint16(atomic.LoadUint32(word(g.memory[r.used:]))>>16) != r.seen {
 			at := g.memory[r.used+4+8*int(r.seen%ringSize):]
 			r.seen++
 			return int(binary.LittleEndian.Uint32(at)), int(binary.LittleEndian.Uint32(at[4:])), true
 		}
-		if time.Now().After(end) {
+		if _, err := r.call.Read(make([]byte, 8)); err != nil {
 			return 0, 0, false
+		}
+	}
+}
+
+// heard waits until the device has handled all that was sent.
+func (g *guest) heard() {
+	g.Helper()
+	for r := &g.rings[fromGuest]; r.seen != r.next; {
+		if _, _, ok := g.used(r, patience); !ok {
+			g.Fatal("the device takes nothing from the guest")
 		}
 	}
 }
@@ -344,15 +358,15 @@ func (g *guest) dialled() (*net.UnixConn, key) {
 // none wants the device to have no connection left.
 func (g *guest) none() {
 	g.Helper()
-	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
-		g.device.mu.Lock()
-		n := len(g.device.conns)
-		g.device.mu.Unlock()
-		if n == 0 {
-			return
-		}
+	d := g.device
+	end := time.Now().Add(patience)
+	defer time.AfterFunc(patience, d.changed.Broadcast).Stop()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for len(d.conns) > 0 {
 		if time.Now().After(end) {
-			g.Fatalf("%d connections are left", n)
+			g.Fatalf("%d connections are left", len(d.conns))
 		}
+		d.changed.Wait()
 	}
 }

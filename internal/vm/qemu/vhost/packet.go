@@ -72,30 +72,39 @@ func parseHeader(b []byte) header {
 
 // gather copies from pieces, and returns what it did not need of them.
 func gather(to []byte, pieces [][]byte) (n int, rest [][]byte) {
-	for len(pieces) > 0 {
-		did := copy(to[n:], pieces[0])
-		n += did
-		if did < len(pieces[0]) {
-			pieces[0] = pieces[0][did:]
-			break
-		}
-		pieces = pieces[1:]
+	for _, piece := range pieces {
+		n += copy(to[n:], piece)
 	}
-	return n, pieces
+	return n, skip(pieces, n)
 }
 
 // scatter copies into pieces, and returns what of them is left.
-func scatter(pieces [][]byte, from []byte) (n int, rest [][]byte) {
-	for len(pieces) > 0 && n < len(from) {
-		did := copy(pieces[0], from[n:])
-		n += did
-		if did < len(pieces[0]) {
-			pieces[0] = pieces[0][did:]
-			break
-		}
+func scatter(pieces [][]byte, from []byte) (rest [][]byte) {
+	n := 0
+	for _, piece := range pieces {
+		n += copy(piece, from[n:])
+	}
+	return skip(pieces, n)
+}
+
+// skip leaves out the first n bytes of pieces.
+func skip(pieces [][]byte, n int) [][]byte {
+	for len(pieces) > 0 && n >= len(pieces[0]) {
+		n -= len(pieces[0])
 		pieces = pieces[1:]
 	}
-	return n, pieces
+	if n > 0 {
+		pieces[0] = pieces[0][n:]
+	}
+	return pieces
+}
+
+func size(pieces [][]byte) int {
+	n := 0
+	for _, piece := range pieces {
+		n += len(piece)
+	}
+	return n
 }
 
 // cut shortens pieces to n bytes, and reports whether they had as many.

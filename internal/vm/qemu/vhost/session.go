@@ -85,7 +85,7 @@ func (d *Device) Serve(front *net.UnixConn) error {
 	}
 	if d.closed {
 		d.mu.Unlock()
-		return net.ErrClosed
+		return nil
 	}
 	d.front, d.fault = front, nil
 	d.mu.Unlock()
@@ -107,13 +107,21 @@ func (d *Device) Serve(front *net.UnixConn) error {
 	d.memory.unmap()
 	d.memory, d.front, d.started = nil, nil, false
 	d.changed.Broadcast()
-	switch {
-	case d.fault != nil:
-		return d.fault
-	case errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed), errors.Is(err, syscall.ECONNRESET):
-		return nil
+	if d.fault == nil && !isHangUp(err) {
+		d.fault = err
 	}
-	return err
+	return d.fault
+}
+
+// isHangUp tells a front end that is gone, in the midst of a message even, from
+// one that has sent nonsense: QEMU may die at any moment, and has reasons of its own.
+func isHangUp(err error) bool {
+	for _, how := range []error{io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE} {
+		if errors.Is(err, how) {
+			return true
+		}
+	}
+	return false
 }
 
 // next takes a message and answers it.
