@@ -29,7 +29,7 @@ func TestPowerButtonIsPressedUntilTheMachineIsOff(t *testing.T) {
 		l := &life{machine: b}
 		l.tasks.Go(l.pressPower)
 		synctest.Wait()
-		l.pressPower() // somebody does already
+		l.pressPower()                          // somebody does already
 		time.Sleep(2*pressAgain + pressAgain/2) // of synctest's time
 		if n := b.pressed.Load(); n != 3 {
 			t.Errorf("pressed %d times within two and a half pauses, want 3", n)
